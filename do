@@ -19,5 +19,12 @@ run)
 	echo
 	sed -n 's/^# //p' "$BUILD"/lane-a/series/report | sed '/^begin\|^Random seed\|^done/d'
 	grep -q '^ok' "$BUILD"/lane-a/series/result || exit 1
-	[ ! -s "$BUILD"/lane-a/series/splats ] || die "the kernel complained, see build/lane-a/series/splats" ;;
+	[ ! -s "$BUILD"/lane-a/series/splats ] || die "the kernel complained, see build/lane-a/series/splats"
+	echo
+	step bochs "getting Bochs, for TDs" "$TOP"/lanes/bochs-root
+	step build-control "building v7.3.4 with the software TDX module" "$TOP"/kernel/build control
+	step verdict "TDs whose SEAMCALLs fail, on both kernels" "$TOP"/lanes/verdict
+	echo
+	cat "$BUILD"/lane-b/verdict
+	[ ! -s "$BUILD"/lane-b/tdx/splats ] || die "the kernel complained, see build/lane-b/tdx/splats" ;;
 esac

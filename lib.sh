@@ -52,6 +52,13 @@ need_space() {
 	[ "$free" -ge "$2" ] || die "$1 has $free MB free, $2 MB are needed"
 }
 
+# The address that this machine has Debian from.
+debian_mirror() {
+	# shellcheck disable=SC2016
+	apt-get indextargets --format '$(REPO_URI) $(ORIGIN)' 'Created-By: Packages' |
+		awk '$2 == "Debian" && $1 !~ /security/ { print $1; exit }'
+}
+
 # One user of the cache at a time; the rest wait.
 lock_cache() {
 	mkdir -p "$CACHE"
