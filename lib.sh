@@ -52,11 +52,17 @@ need_space() {
 	[ "$free" -ge "$2" ] || die "$1 has $free MB free, $2 MB are needed"
 }
 
-# The address that this machine has Debian from.
+# The address that this machine has Debian from, if it has one.
 debian_mirror() {
-	# shellcheck disable=SC2016
-	apt-get indextargets --format '$(REPO_URI) $(ORIGIN)' 'Created-By: Packages' |
-		awk '$2 == "Debian" && $1 !~ /security/ { print $1; exit }'
+	local try
+	for try in have_lists update; do
+		[ $try = have_lists ] || apt-get -qq update > /dev/null || return 0
+		# shellcheck disable=SC2016
+		apt-get indextargets --format '$(REPO_URI) $(ORIGIN)' 'Created-By: Packages' |
+			awk '!found && $2 == "Debian" && $1 !~ /security/ { print $1; found = 1 }
+			     END { exit !found }' && return
+	done
+	return 0
 }
 
 # One user of the cache at a time; the rest wait.
