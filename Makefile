@@ -1,26 +1,52 @@
 # SPDX-License-Identifier: GPL-2.0
 # make run     build and boot the patched kernel, show that stuck pages are contained
-# make check   all tests; make check-debug those on the debug kernel, DEBUG=1 both
+# make check   all tests; DEBUG=1 those on the debug kernel, too
+# make list    kernels, lanes and tests
+# make test T=<test> [ON=<lane>] [RUNS=<n>]
+#              a test, or with ON alone a lane, as often as you like; T="<test> <arguments>"
+# make shell [ON=<lane>]
+#              a shell on the patched kernel, in QEMU
 # make tree    lay out build/linux from patches/
+# make diff    what build/linux has that patches/ has not, as git range-diff
 # make series  write patches/ from the commits in build/linux
-# make clean   remove build/, not the cache
+# make clean   remove build/, not the cache; make distclean: the cache, too
 #
 # KERNEL=PATH      a kernel tree or tarball of your own instead of Debian's v7.3.4
+# ALL=1            with check: tests in all combinations, not only the telling ones
+# FORCE=1          do not trust results that are kept in the cache
 # NO_INSTALL=1     do not install Debian packages
 # JOBS=N           how many compilers at once
-MAKEFLAGS += --no-print-directory
-export KERNEL NO_INSTALL JOBS DEBUG
+# QEMU=, BOCHS=    emulators of your own; QEMU_ARGS= more arguments for QEMU
+# BOOT_SECONDS=, STALL_SECONDS=
+#                  how long a machine may take to boot, how long it may be silent
+SHELL := bash
+export KERNEL ALL FORCE NO_INSTALL JOBS QEMU BOCHS BXSHARE QEMU_ARGS BOOT_SECONDS STALL_SECONDS
 
-.PHONY: help run check check-debug tree series clean
+.PHONY: help run check check-debug list test shell tree diff series clean distclean
 
 help:
-	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+	@sed -n '2,/^SHELL/{s/^# \{0,1\}//p}' Makefile
 
-run check check-debug tree:
-	@./do $@
+check:
+	@./bench check $(if $(filter-out 0,$(DEBUG)),--debug)
+
+run check-debug list tree:
+	@./bench $@
+
+test:
+	@./bench test --test '$(T)' $(if $(ON),--on $(ON)) $(if $(RUNS),--runs $(RUNS))
+
+shell:
+	@./bench shell $(if $(ON),--on $(ON))
+
+diff:
+	@source/diff
 
 series:
-	@source/series
+	@source/export
 
 clean:
 	rm -rf build
+
+distclean: clean
+	@. ./lib.sh; du -sh "$$CACHE"; rm -rf "$$CACHE"

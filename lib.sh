@@ -1,48 +1,75 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# What every script here shares: where things are, how to say what is done and
-# how long it took, and how to fail.
+# What every script here shares: where things are, what the environment may say,
+# and how to fail.
 set -euo pipefail
-export LC_ALL=C
-# The tools of Debian, that source/packages installs, come first.
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin:$PATH
+umask 022
 
-TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-VERSION=7.3.4
-BUILD=$TOP/build
-TREE=$BUILD/linux
-LOGS=$BUILD/log
-CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/stuck-pages
-JOBS=${JOBS:-$(nproc)}
-# A tree of one's own has a place of its own in the cache.
-WORK=$CACHE/$VERSION
-[ -z "${KERNEL:-}" ] || WORK=$CACHE/own-$(realpath -- "$KERNEL" | cksum | cut -d' ' -f1)
-mkdir -p "$LOGS"
-export TOP VERSION BUILD TREE LOGS CACHE WORK JOBS
-
-# What makes the same source the same object, wherever it is built.
-export CCACHE_BASEDIR=$WORK CCACHE_DIR=$CACHE/ccache CCACHE_MAXSIZE=8G CCACHE_SLOPPINESS=time_macros
-export KBUILD_BUILD_TIMESTAMP=2026-01-01 KBUILD_BUILD_USER=stuck KBUILD_BUILD_HOST=pages
+# The settings of the user's shell, make and git are not those of this project:
+# ARCH=arm64, format.coverLetter or commit.gpgsign would change what is built.
+clean_environment() {
+	local name author email
+	author=$(git config user.name) || author=$(id -un)
+	email=$(git config user.email) || email=$author@localhost
+	# shellcheck disable=SC2046
+	unset $(git rev-parse --local-env-vars) ARCH CROSS_COMPILE LLVM CC LD \
+		MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES DEBUG V W C O M
+	for name in $(compgen -e); do
+		case $name in
+		KBUILD_* | KCFLAGS | KCPPFLAGS | KAFLAGS | CFLAGS | LDFLAGS | KCONFIG_* | CCACHE_* | GIT_* | QUILT_*)
+			unset "$name" ;;
+		esac
+	done
+	export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null
+	export GIT_AUTHOR_NAME=$author GIT_AUTHOR_EMAIL=$email
+	export GIT_COMMITTER_NAME=$author GIT_COMMITTER_EMAIL=$email
+	export LC_ALL=C
+	# The tools of Debian, that source/packages installs, come first.
+	export PATH=/usr/sbin:/usr/bin:/sbin:/bin:$PATH
+}
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
 
-# step NAME TEXT COMMAND...: say TEXT, run COMMAND with its output in a log, say
-# how long that took. When it fails say so in one line, and where the log is.
-step() {
-	local text=$2 start=$SECONDS log=$LOGS/$1.log ticker rc=0 why
-	shift 2
-	mkdir -p "$LOGS"
-	printf '%-56s ' "$text" >&2
-	(while sleep 60; do printf '.' >&2; done) 9>&- & ticker=$!
-	"$@" > "$log" 2>&1 < /dev/null || rc=$?
-	{ kill "$ticker" && wait "$ticker"; } 2> /dev/null || true
-	printf '%4d s\n' $((SECONDS - start)) >&2
-	[ "$rc" = 0 ] && return
-	why=$(grep -E 'error: |error:|Error |\*\*\*|No space left' "$log" | head -n 1) ||
-		why=$(tail -n 1 "$log")
-	die "${why#error: } (log: ${log#"$PWD"/})"
+# own_kernel: what KERNEL names, as it is now. A git tree is taken with what is not
+# committed in it, but without what git does not know.
+own_kernel() {
+	local commit
+	[ -e "$KERNEL" ] || die "KERNEL=$KERNEL: there is no such tree or tarball"
+	if [ -f "$KERNEL" ]; then
+		stat -c '%n %s %Y' -- "$(realpath -- "$KERNEL")"
+	elif git -C "$KERNEL" rev-parse -q --verify HEAD > /dev/null 2>&1; then
+		commit=$(git -C "$KERNEL" -c user.name=x -c user.email=x stash create)
+		git -C "$KERNEL" rev-parse "${commit:-HEAD}^{tree}"
+	else
+		find "$(realpath -- "$KERNEL")" -type f -printf '%p %s %T@\n' | sort
+	fi
 }
+
+if [ -z "${STUCK_PAGES:-}" ]; then
+	TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+	VERSION=7.3.4
+	BUILD=$TOP/build
+	TREE=$BUILD/linux
+	LOGS=$BUILD/log
+	CACHE=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/stuck-pages
+	JOBS=${JOBS:-$(nproc)}
+	! command -v git > /dev/null || clean_environment
+	# Each source has a place of its own in the cache.
+	WORK=$CACHE/$VERSION
+	if [ -n "${KERNEL:-}" ]; then
+		WORK=$CACHE/own-$(own_kernel | sha256sum | cut -c1-12)
+		KERNEL=$(realpath -- "$KERNEL")
+	fi
+	mkdir -p "$LOGS"
+	export STUCK_PAGES=$TOP TOP VERSION BUILD TREE LOGS CACHE WORK JOBS KERNEL
+
+	# What makes the same source the same object, wherever it is built.
+	export CCACHE_BASEDIR=$WORK CCACHE_DIR=$CACHE/ccache CCACHE_MAXSIZE=8G
+	export CCACHE_SLOPPINESS=time_macros CCACHE_NOHASHDIR=1
+	export KBUILD_BUILD_TIMESTAMP=2026-01-01 KBUILD_BUILD_USER=stuck
+	export KBUILD_BUILD_HOST=pages KBUILD_BUILD_VERSION=1
+fi
 
 # need_space DIR MEGABYTES: an early, clear word beats ENOSPC in a compiler.
 need_space() {
@@ -65,9 +92,9 @@ debian_mirror() {
 	return 0
 }
 
-# One user of the cache at a time; the rest wait.
-lock_cache() {
-	mkdir -p "$CACHE"
-	exec 9> "$CACHE/lock"
-	flock -n 9 || { say "waiting for another run to finish with $CACHE"; flock 9; }
+# worktree DIR: check out the base there, unless something is checked out already.
+worktree() {
+	[ ! -d "$1" ] || return 0
+	git -C "$WORK"/linux worktree prune
+	git -C "$WORK"/linux worktree add -q --detach "$1" base
 }

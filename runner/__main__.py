@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: GPL-2.0
+"""
+The commands behind make: see the Makefile, or make without a target.
+"""
+import argparse
+import asyncio
+import dataclasses
+import glob
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import lanes as lanes_
+import machines
+import verdict as verdict_
+from lanes import Run, load, objects, programs
+from steps import BUILD, CACHE, LOGS, TOP, TREE, WORK, Failure, main, say, short, step
+
+KERNELS = {"base": "v7.3.4 with the software TDX module", "patched": "the series, KVM as modules",
+           "debug": "the series with KASAN, lockdep and page poisoning, KVM built in"}
+
+
+def script(name):
+    return os.path.join(TOP, name)
+
+
+async def prepare():
+    """The source, and build/linux."""
+    await step("fetch", "the source of the base", [script("source/fetch")])
+    await step("tree", "the work tree build/linux, from patches/", [script("source/tree")])
+    notice()
+
+
+def notice():
+    """What people must know of the tree, wherever results are."""
+    for path in (os.path.join(LOGS, "tree.log"),):
+        with open(path) as f:
+            for line in f:
+                if "leaving it as it is" in line:
+                    say(f"  note: {line.strip()}")
+    other = os.path.join(WORK, "linux/.git/other")
+    if os.path.exists(other):
+        with open(other) as f:
+            say(f"  note: NOT THE PINNED SOURCE: {f.read().strip()}")
+
+
+async def emulators():
+    own = os.environ.get("QEMU") and os.environ.get("BOCHS")
+    if not own:
+        await step("emulators", "QEMU and Bochs, unpacked beside", [script("emulators/get")])
+
+
+async def build(lanes, kernel):
+    await step(f"build-{kernel}", f"building {KERNELS[kernel]}",
+               [script("kernel/build"), kernel, *programs(lanes, kernel)])
+
+
+# -- make check
+
+class Checks:
+    """Everything that is checked. What needs all processors, and what needs one, in two queues."""
+
+    def __init__(self):
+        self.lanes = load()
+        self.wide = asyncio.Lock()
+        self.narrow = asyncio.Lock()
+        self.done = {}
+        self.passed = 0
+        self.failures = []
+        self.runs = []
+
+    async def check(self, name, text, argv, queue, after=(), inputs=None):
+        """One check, one count. Nothing is tried again whose inputs are those it passed with."""
+        if not await self.wait(after, name):
+            return False
+        async with queue:
+            kept = inputs and os.path.join(WORK, "passed", f"{name}-{digest(inputs())}")
+            if kept and os.path.exists(kept) and os.environ.get("FORCE", "0") in ("", "0"):
+                say(f"{text:60} as before")
+                self.passed += 1
+                return True
+            try:
+                await step(name, text, argv)
+            except Failure as e:
+                self.failures.append(f"{name}: {e}")
+                return False
+            self.passed += 1
+            if kept:
+                os.makedirs(os.path.dirname(kept), exist_ok=True)
+                for old in glob.glob(f"{glob.escape(WORK)}/passed/{name}-" + 20 * "?"):
+                    os.remove(old)
+                open(kept, "w").close()
+            return True
+
+    async def lane(self, name, queue, after):
+        lane = self.lanes[name]
+        if not await self.wait(after, name):
+            return False
+        async with queue:
+            run = Run(lane)
+            self.runs.append(run)
+            try:
+                await run.run()
+            except Failure as e:
+                self.failures.append(f"{name}: {e}")
+                return False
+            self.passed += sum(r.state == "ok" for r in run.results)
+            self.failures += run.failures()
+            return run.passed
+
+    async def verdict(self, after):
+        for task in after:
+            await self.done[task]
+        runs = [r for r in self.runs if r.lane.name.startswith("td")]
+        if {"td", "td-base"} <= {r.lane.name for r in runs}:
+            try:
+                lines, problem = verdict_.verdict(runs)
+                with open(os.path.join(BUILD, "verdict"), "w") as f:
+                    f.writelines(line + "\n" for line in lines)
+                if problem:
+                    raise Failure(problem)
+                self.passed += 1
+                return True
+            except Failure as e:
+                self.failures.append(f"verdict: {e}")
+        return False
+
+    async def wait(self, after, name):
+        for other in after:
+            if not await self.done[other]:
+                self.failures.append(f"{name}: not done, as {other} failed")
+                return False
+        return True
+
+    def add(self, name, coroutine):
+        self.done[name] = asyncio.ensure_future(coroutine)
+
+    async def run(self, debug):
+        for folder in ("qemu", "bochs"):
+            shutil.rmtree(os.path.join(BUILD, folder), ignore_errors=True)
+        for f in glob.glob(os.path.join(BUILD, "report.*")):
+            os.remove(f)
+        self.plan(debug)
+        try:
+            await asyncio.gather(*self.done.values())
+        finally:
+            for task in self.done.values():
+                task.cancel()
+            await asyncio.gather(*self.done.values(), return_exceptions=True)
+
+    def plan(self, debug):
+        one, all_ = self.narrow, self.wide
+
+        def check(name, text, queue, after=(), inputs=None, argv=None):
+            self.add(name, self.check(name, text, argv or [script(f"checks/{name}")], queue, after, inputs))
+
+        def kernel(name):
+            check(f"build-{name}", f"building {KERNELS[name]}", all_,
+                  argv=[script("kernel/build"), name, *programs(self.lanes, name)])
+
+        shells = [f for pattern in ("lib.sh", "bench", ".ci/run", "*/*") for f in glob.glob(os.path.join(TOP, pattern))
+                  if os.path.isfile(f) and is_shell(f)]
+        check("bench", "the bench itself, with stubs", one, inputs=lambda: [
+            script("lib.sh"), *sorted(f for d in ("runner", "source", "guest") for f in glob.glob(script(f"{d}/*")))],
+              argv=[sys.executable, "-B", "-m", "unittest", "discover", "-s", script("runner")])
+        # SC1091, SC2164: lib.sh is found at run time, and sets -e.
+        check("shellcheck", f"shellcheck of {len(shells)} scripts", one,
+              argv=["shellcheck", "-x", "-e", "SC1091,SC2164", *shells])
+        check("pyflakes", "pyflakes of the runner", one, argv=["pyflakes3", *glob.glob(script("runner/*.py"))])
+        check("round-trip", "patches/ and build/linux are the same", one)
+        check("checkpatch", "checkpatch --strict", one, inputs=lambda: [
+            script("checks/checkpatch"), os.path.join(TREE, "scripts/checkpatch.pl"), *sorted(glob.glob(script("patches/*/*")))])
+        self.add("emulators", self.check("emulators", "QEMU and Bochs, unpacked beside", [script("emulators/get")], one))
+
+        kernel("patched")
+        for name in ("patched-kunit", "patched", "patched-inplace"):
+            self.add(name, self.lane(name, all_, ["build-patched", "emulators"]))
+        kernel("base")
+        self.add("base", self.lane("base", all_, ["build-base", "emulators"]))
+        for name in ("td", "td-inplace", "td-smp", "intel"):
+            self.add(name, self.lane(name, one, ["build-patched", "emulators"]))
+        self.add("td-base", self.lane("td-base", one, ["build-base", "emulators"]))
+        self.add("verdict", self.verdict(["td", "td-base", "td-smp", "td-inplace"]))
+        tree = lambda name: lambda: [script(f"checks/{name}"), tree_id()]
+        check("sparse", "sparse on touched files, against the base", one, ["build-patched", "build-base"], tree("sparse"))
+        check("docs", "documentation of touched files", one, ["build-patched", "build-base"], tree("docs"))
+        if debug:
+            kernel("debug")
+            for name in ("debug-kunit", "debug", "debug-inplace"):
+                self.add(name, self.lane(name, all_, ["build-debug", "emulators"]))
+        check("patches", "each patch builds, KVM=y and KVM=m, W=1", all_)
+
+    def report(self, start):
+        order = list(self.lanes)
+        self.runs.sort(key=lambda run: order.index(run.lane.name))
+        lanes_.write_reports(self.runs)
+        say()
+        for line in lanes_.table(self.runs):
+            say(line)
+        path = os.path.join(BUILD, "verdict")
+        if os.path.exists(path):
+            with open(path) as f:
+                say("\n" + f.read().rstrip())
+        say(f"\nQEMU {machines.version('qemu')}, Bochs {machines.version('bochs')}; {time.monotonic() - start:.0f} s; "
+            f"every case: {short(BUILD)}/report.ktap and .json")
+        notice()
+        for line in self.failures:
+            say(f"failed: {line}")
+        skipped = sum(r.skipped for run in self.runs for r in run.results)
+        say(f"{self.passed} passed, {len(self.failures)} failed, {skipped} skipped")
+        return 1 if self.failures else 0
+
+
+def is_shell(path):
+    with open(path, errors="replace") as f:
+        head = f.read(200)
+    return bool(re.match(r"#!.*sh\b", head)) or "shell=" in head
+
+
+def tree_id():
+    return subprocess.run(["git", "-C", TREE, "rev-parse", "HEAD^{tree}", "base^{tree}"], check=True,
+                          capture_output=True, text=True).stdout
+
+
+def digest(inputs):
+    """Of files, by what is in them, and of other text."""
+    d = hashlib.sha256()
+    for item in inputs:
+        if os.path.isfile(item):
+            with open(item, "rb") as f:
+                item = f"{os.path.relpath(item, TOP)} {hashlib.file_digest(f, 'sha256').hexdigest()}"
+        d.update(item.encode() + b"\n")
+    return d.hexdigest()[:20]
+
+
+async def check(args):
+    start = time.monotonic()
+    await prepare()
+    checks = Checks()
+    await checks.run(args.debug)
+    return checks.report(start)
+
+
+# -- the other commands
+
+async def run(args):
+    """The demonstrations: nothing in them comes from the cache."""
+    os.environ["FORCE"] = "1"
+    await prepare()
+    await emulators()
+    lanes = load()
+    await build(lanes, "patched")
+    demo = Run(lanes["demo"])
+    await demo.run(quiet=True)
+    say()
+    with open(os.path.join(demo.folder, "report"), errors="replace") as f:
+        for line in f.read().replace("\r", "").split("\n"):
+            if line.startswith("# ") and not re.match(r"# (begin|done|Random seed)", line):
+                say(line[2:])
+    if not demo.passed:
+        raise Failure(next(demo.failures()))
+    say()
+    await build(lanes, "base")
+    runs = [Run(lanes["td-base"]), Run(lanes["td"])]
+    await asyncio.gather(*(r.run() for r in runs))
+    for r in runs:
+        if not r.passed:
+            raise Failure(next(r.failures()))
+    lines, problem = verdict_.verdict(runs)
+    say("\n" + "\n".join(lines))
+    if problem:
+        raise Failure(problem)
+    return 0
+
+
+async def tree(args):
+    await prepare()
+    return 0
+
+
+def choose(lanes, args):
+    """The lane and the tests that were asked for."""
+    names = sorted({t.name for lane in lanes.values() for t in lane.tests})
+    words = shlex.split(args.test or "")
+    if not words and not args.on:
+        raise Failure("say which test: make test T=<name> [ON=<lane>] [RUNS=<n>]; make list has the names")
+    if args.on and args.on not in lanes:
+        raise Failure(f"there is no lane {args.on}, but: {' '.join(lanes)}")
+    if not words:
+        return lanes[args.on], lanes[args.on].tests
+    name = os.path.basename(words[0])
+    found = [t for lane in lanes.values() for t in lane.tests if t.name == name]
+    if not found:
+        raise Failure(f"there is no test {name}, but: {' '.join(names)}")
+    lane = lanes[args.on or found[0].lanes[0]]
+    test = dataclasses.replace(next((t for t in lane.tests if t.name == name), found[0]))
+    if len(words) > 1:
+        test.command = shlex.join([test.program, *words[1:]])
+    return lane, [test]
+
+
+async def test(args):
+    """Some tests on a lane, as often as wanted."""
+    lanes = load()
+    lane, tests = choose(lanes, args)
+    await prepare()
+    await emulators()
+    await build(lanes, lane.kernel)
+    os.environ["FORCE"] = "1"
+    bad = 0
+    for i in range(args.runs):
+        folder = os.path.join(BUILD, "test", lane.name) + (f"-{i + 1}" if args.runs > 1 else "")
+        r = Run(lane, tests, folder)
+        await r.run(keep=False)
+        for line in r.failures():
+            say(f"failed: {line}")
+        bad += not r.passed
+        if args.runs > 1:
+            say(f"{i + 1} of {args.runs}: {'ok' if r.passed else 'FAILED'} (see {short(folder)})")
+        elif args.test:
+            with open(os.path.join(folder, "report"), errors="replace") as f:
+                say(f.read().rstrip())
+    say(f"{args.runs - bad} passed, {bad} failed")
+    return 1 if bad else 0
+
+
+async def shell(args):
+    await prepare()
+    lanes = load()
+    lane = lanes.get(args.on or "patched")
+    if not lane:
+        raise Failure(f"there is no lane {args.on}, but: {' '.join(lanes)}")
+    await emulators()
+    await build(lanes, lane.kernel)
+    say(f"kernel with symbols: {objects(lane.kernel)}/vmlinux; QEMU_ARGS='-s -S' waits for gdb")
+    await lanes_.interactive(lane)
+    return 0
+
+
+def list_():
+    lanes = load()
+    say("kernels (kernel/build)")
+    for name, text in KERNELS.items():
+        say(f"  {name:18} {text}")
+    say("\nlanes, and the tests in them (lanes.toml; those with * only with ALL=1)")
+    for lane in lanes.values():
+        say(f"  {lane.name:18} {lane.text}: {lane.kernel} on {lane.machine}, {' '.join(lane.parameters)}")
+        every = {t.name: lane.name in t.also for other in lanes.values() for t in other.tests
+                 if lane.name in t.lanes + t.also}
+        for name, also in every.items():
+            say(f"  {'':18}   {name}{' *' if also else ''}")
+    return 0
+
+
+def arguments():
+    parser = argparse.ArgumentParser(prog="bench", description="what make calls")
+    parser.add_argument("command", choices=["run", "check", "check-debug", "tree", "test", "shell", "list"])
+    parser.add_argument("--debug", action="store_true", help="the debug kernel, too")
+    parser.add_argument("--test", help="which test")
+    parser.add_argument("--on", help="on which lane")
+    parser.add_argument("--runs", type=int, default=1, help="how often")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    given = arguments()
+    if given.command == "list":
+        sys.exit(list_())
+    given.debug |= given.command == "check-debug"
+    commands = {"run": run, "check": check, "check-debug": check, "tree": tree, "test": test, "shell": shell}
+    os.makedirs(CACHE, exist_ok=True)
+    sys.exit(main(commands[given.command](given)))

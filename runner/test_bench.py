@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: GPL-2.0
+"""
+The bench itself: it must not say yes where it should say no, and must leave nothing behind.
+No kernel and no emulator is needed: a project of its own in a temporary folder, a few files
+in place of a kernel, and a shell script in place of QEMU.
+"""
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import tempfile
+import textwrap
+import time
+import unittest
+
+TOP = pathlib.Path(__file__).resolve().parent.parent
+TREE = TOP / "build/linux"
+
+LANES = """
+[lane.stub]
+kernel = "patched"
+machine = "qemu"
+text = "a machine that a script plays"
+column = "patched"
+[[test]]
+command = "kvm/first_test"
+lanes = ["stub"]
+seconds = 1
+skips = "Not for this cause"
+[[test]]
+command = "kvm/second_test"
+lanes = ["stub"]
+seconds = 1
+"""
+
+# What the report of two tests looks like.
+HEAD = "KTAP version 1\n1..2\n"
+CASES = "# begin first_test\n  TAP version 13\n  # Subtest: first_test\n  1..2\n  ok 1 a\n  ok 2 b # SKIP Not for this cause\n"
+FIRST = CASES + "ok 1 first_test # 0.1 s\n"
+SECOND = "# begin second_test\nok 2 second_test # 0.2 s\n"
+DONE = "# done\n"
+
+
+class Project(unittest.TestCase):
+    """A copy of the scripts, with a cache of its own."""
+
+    def setUp(self):
+        self.dir = pathlib.Path(tempfile.mkdtemp(prefix="bench test "))
+        self.addCleanup(shutil.rmtree, self.dir, ignore_errors=True)
+        self.top = self.dir / "project"
+        for name in ("runner", "source", "guest"):
+            shutil.copytree(TOP / name, self.top / name)
+        shutil.copy(TOP / "lib.sh", self.top)
+        (self.top / "lanes.toml").write_text(LANES)
+        (self.top / "build").mkdir()
+        self.env = {"PATH": os.environ["PATH"], "HOME": str(self.dir), "XDG_CACHE_HOME": str(self.dir / "cache")}
+        self.work = self.dir / "cache/stuck-pages/7.3.4"
+
+    def sh(self, command, **env):
+        return subprocess.run(["bash", "-c", command], cwd=self.top, env={**self.env, **env}, check=False,
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+
+    def ok(self, command, **env):
+        done = self.sh(command, **env)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        return done.stdout + done.stderr
+
+
+class Lanes(Project):
+    """What a lane answers, for what its machine does."""
+
+    def setUp(self):
+        super().setUp()
+        obj = self.work / "linux/obj-patched"
+        (obj / "arch/x86/boot").mkdir(parents=True)
+        (obj / "arch/x86/boot/bzImage").write_text("kernel")
+        (obj / "root/kselftest").mkdir(parents=True)
+        (self.top / "build/linux").symlink_to(TREE)
+
+    def boot(self, script, **env):
+        """Run the lane on a machine that this script plays; its answer, and all that it said."""
+        stub = self.dir / "stub"
+        stub.write_text("#!/bin/bash\n[ \"$1\" != --version ] || exit\n" + script)
+        stub.chmod(0o755)
+        driver = textwrap.dedent("""
+            import asyncio, json, sys
+            sys.path.insert(0, "runner")
+            import lanes, steps
+            async def go():
+                run = lanes.Run(lanes.load()["stub"])
+                await run.run()
+                print("ANSWER", json.dumps([run.passed, run.cached, [r.state for r in run.results], list(run.failures())]))
+            sys.exit(steps.main(go()))
+        """)
+        (self.top / "driver.py").write_text(driver)
+        done = self.sh(". ./lib.sh; exec python3 -B driver.py", QEMU=str(stub), **env)
+        answer = [line for line in done.stdout.split("\n") if line.startswith("ANSWER ")]
+        self.assertTrue(answer, done.stdout + done.stderr)
+        passed, cached, states, failures = json.loads(answer[0][7:])
+        self.cached, self.states, self.failures = cached, states, " / ".join(failures)
+        return passed
+
+    @staticmethod
+    def says(report, console="booted\n", then=""):
+        quote = lambda s: "'" + s.replace("'", "'\\''") + "'"
+        return f"printf %s {quote(console)} > console\nprintf %s {quote(report)} > report\n{then}\n"
+
+    def test_all_pass(self):
+        self.assertTrue(self.boot(self.says(HEAD + FIRST + SECOND + DONE)), self.failures)
+        self.assertEqual(self.states, ["ok", "ok"])
+
+    def test_a_failure(self):
+        self.assertFalse(self.boot(self.says(HEAD + FIRST + SECOND.replace("ok 2", "not ok 2") + DONE)))
+
+    def test_a_control_may_fail_but_must_end(self):
+        lanes = self.top / "lanes.toml"
+        lanes.write_text(LANES.replace('column = "patched"', "control = true"))
+        self.assertTrue(self.boot(self.says(HEAD + FIRST + SECOND.replace("ok 2", "not ok 2") + DONE)), self.failures)
+        self.assertFalse(self.boot(self.says(HEAD + FIRST), FORCE="1"))
+
+    def test_a_case_fails_and_the_program_does_not_notice(self):
+        self.assertFalse(self.boot(self.says(HEAD + FIRST.replace("ok 1 a", "not ok 1 a") + SECOND + DONE)))
+
+    def test_a_case_is_missing(self):
+        self.assertFalse(self.boot(self.says(HEAD + FIRST.replace("  ok 1 a\n", "") + SECOND + DONE)))
+
+    def test_skipped_for_another_reason(self):
+        self.assertFalse(self.boot(self.says(HEAD + FIRST.replace("Not for this cause", "No /dev/kvm") + SECOND + DONE)))
+        self.assertIn("No /dev/kvm", self.failures)
+
+    def test_a_whole_program_skips(self):
+        report = HEAD + FIRST + "# begin second_test\nok 2 second_test # SKIP\n" + DONE
+        self.assertFalse(self.boot(self.says(report)))
+
+    def test_a_splat_nobody_announced(self):
+        for splat in ("WARNING: mm/x.c:1 at f", "mce: [Hardware Error]: CPU 0", "pagealloc: memory corruption",
+                      "UBSAN: shift-out-of-bounds"):
+            self.assertFalse(self.boot(self.says(HEAD + FIRST + SECOND + DONE, f"[ 1.0] {splat}\n")), splat)
+
+    def test_the_machine_dies(self):
+        console = "[ 1.0] lane: begin second_test\n[ 2.0] Kernel panic - not syncing: oops\n"
+        self.assertFalse(self.boot(self.says(HEAD + FIRST + "# begin second_test\n", console)))
+        self.assertEqual(self.states, ["ok", "FAIL"])
+        self.assertIn("second_test: [ 2.0] Kernel panic", self.failures)
+
+    def test_it_dies_and_the_rest_never_runs(self):
+        self.assertFalse(self.boot(self.says(HEAD + CASES)))
+        self.assertEqual(self.states, ["FAIL", "not run"])
+
+    def test_it_hangs_and_ignores_sigterm(self):
+        hang = "trap '' TERM\necho $$ > ../../../pid\nwhile :; do sleep 0.1; done"
+        self.assertFalse(self.boot(self.says(HEAD + FIRST + "# begin second_test\n", then=hang), STALL_SECONDS="2"))
+        self.assertIn("hung, in second_test", self.failures)
+        self.assertFalse(alive(self.top / "pid"))
+
+    def test_passes_are_kept_failures_are_not(self):
+        good = self.says(HEAD + FIRST + SECOND + DONE)
+        self.assertFalse(self.boot(self.says(HEAD + FIRST + DONE)))
+        self.assertTrue(self.boot(good))
+        self.assertFalse(self.cached, "the failure was kept")
+        self.assertTrue(self.boot("exit 1"))
+        self.assertTrue(self.cached)
+        self.assertFalse(self.boot("exit 1", FORCE="1"))
+        (self.work / "linux/obj-patched/arch/x86/boot/bzImage").write_text("another kernel")
+        self.assertTrue(self.boot(good))
+        self.assertFalse(self.cached, "another kernel, and the old result")
+
+    def test_nothing_is_left_after_a_signal(self):
+        self.boot(self.says(HEAD + FIRST + SECOND + DONE))
+        stub = self.dir / "stub"
+        stub.write_text("#!/bin/bash\n[ \"$1\" != --version ] || exit\n"
+                        "trap '' TERM HUP INT\necho $$ > ../../../pid\nwhile :; do sleep 0.1; done\n")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL):
+            (self.top / "pid").unlink(missing_ok=True)
+            with subprocess.Popen(["bash", "-c", ". ./lib.sh; exec python3 -B driver.py"], cwd=self.top, text=True,
+                                  env={**self.env, "QEMU": str(stub), "FORCE": "1"}, start_new_session=True,
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as p:
+                wait_for(lambda: (self.top / "pid").exists() and (self.top / "pid").read_text())
+                p.send_signal(number)
+                # The pipe ends: nobody holds it any more.
+                p.communicate(timeout=20)
+            wait_for(lambda: not alive(self.top / "pid"))
+            self.ok("flock -n cache/stuck-pages/lock true".replace("cache", str(self.dir / "cache").replace(" ", "\\ ")))
+
+    def test_a_step_that_ends_leaves_no_child(self):
+        (self.top / "driver.py").write_text(textwrap.dedent("""
+            import asyncio, sys
+            sys.path.insert(0, "runner")
+            import steps
+            sys.exit(steps.main(steps.step("x", "x", ["bash", "-c", "sleep 100 & echo $! > pid"])))
+        """))
+        start = time.monotonic()
+        self.ok(". ./lib.sh; exec python3 -B driver.py | cat")
+        self.assertLess(time.monotonic() - start, 20)
+        self.assertFalse(alive(self.top / "pid"))
+
+
+class Source(Project):
+    """build/linux and patches/, from one to the other, and the user's own settings."""
+
+    def setUp(self):
+        super().setUp()
+        self.kernel = self.dir / "a kernel"
+        self.make_kernel(self.kernel)
+        self.lay(self.kernel)
+
+    def make_kernel(self, path):
+        (path / "virt/kvm").mkdir(parents=True)
+        (path / "virt/kvm/guest_memfd.c").write_text("".join(f"{n}\n" for n in range(1, 10)))
+        (path / ".gitignore").write_text("")
+        (path / "Makefile").write_text("kernelversion:\n\t@echo 7.3.4\nmrproper:\n")
+
+    def lay(self, kernel):
+        """Two patches in two parts, made as people make them."""
+        self.ok("mkdir -p patches; touch patches/series; source/fetch && source/tree", KERNEL=str(kernel))
+        git = "cd build/linux; git config user.name me; git config user.email me@localhost; "
+        self.ok(git + "git commit -q --allow-empty -m 'Cover\n\nWords.\n\nPart: one'; echo four >> virt/kvm/guest_memfd.c; "
+                "git commit -qam 'KVM: Four'; git commit -q --allow-empty -m 'Cover 2\n\nPart: two'; "
+                "echo five >> virt/kvm/guest_memfd.c; git commit -qam 'KVM: Five'")
+        self.ok("source/export", KERNEL=str(kernel))
+
+    def patches(self):
+        return {str(p.relative_to(self.top)): p.read_text() for p in (self.top / "patches").rglob("*") if p.is_file()}
+
+    def tree(self, **env):
+        return self.sh("source/fetch && source/tree", KERNEL=str(self.kernel), **env)
+
+    def test_round_trip(self):
+        before = self.patches()
+        self.assertEqual(len(before), 5)
+        shutil.rmtree(self.top / "build")
+        self.assertEqual(self.tree().returncode, 0)
+        self.ok("source/export", KERNEL=str(self.kernel))
+        self.assertEqual(self.patches(), before)
+
+    def test_an_interrupted_tree_loses_nothing(self):
+        before = self.patches()
+        shutil.rmtree(self.top / "build")
+        # git am dies half-way.
+        git = self.dir / "bin/git"
+        git.parent.mkdir()
+        git.write_text("#!/bin/bash\nif [ \"$1\" = am ]; then " + shutil.which("git") +
+                       " am -q --empty=keep \"${@:4:2}\"; kill -9 $PPID; fi\nexec " + shutil.which("git") + " \"$@\"\n")
+        git.chmod(0o755)
+        lib = (self.top / "lib.sh").read_text()
+        (self.top / "lib.sh").write_text(lib.replace("export PATH=", f"export PATH='{git.parent}':"))
+        self.assertNotEqual(self.tree().returncode, 0)
+        (self.top / "lib.sh").write_text(lib)
+        self.assertNotEqual(self.sh("source/export", KERNEL=str(self.kernel)).returncode, 0)
+        self.assertEqual(self.patches(), before)
+        self.assertEqual(self.tree().returncode, 0)
+        self.ok("source/export", KERNEL=str(self.kernel))
+        self.assertEqual(self.patches(), before)
+
+    def test_export_refuses_what_loses_patches(self):
+        before = self.patches()
+        self.ok("cd build/linux; git reset -q --hard HEAD^")
+        self.assertNotEqual(self.sh("source/export", KERNEL=str(self.kernel)).returncode, 0)
+        self.assertEqual(self.patches(), before)
+        self.ok("source/export", KERNEL=str(self.kernel), DROP="1")
+        self.assertEqual(len(self.patches()), 4)
+
+    def test_export_refuses_in_the_middle_of_a_rebase(self):
+        self.sh("cd build/linux; git rebase -q -x false HEAD~1")
+        self.assertIn("in the middle", self.sh("source/export", KERNEL=str(self.kernel)).stderr)
+
+    def test_work_of_ones_own_stays(self):
+        self.ok("cd build/linux; echo six >> virt/kvm/guest_memfd.c; git commit -qam Six")
+        (self.top / "patches/series").write_text("# changed\n" + (self.top / "patches/series").read_text())
+        self.assertIn("leaving it as it is", self.tree().stderr)
+        self.assertIn("six", (self.top / "build/linux/virt/kvm/guest_memfd.c").read_text())
+
+    def test_another_kernel_is_another_kernel(self):
+        other = self.dir / "other"
+        self.make_kernel(other)
+        text = (other / "virt/kvm/guest_memfd.c").read_text()
+        (other / "virt/kvm/guest_memfd.c").write_text("zero\n" + text)
+        self.kernel = other
+        self.assertEqual(self.tree().returncode, 0)
+        self.assertIn("zero", (self.top / "build/linux/virt/kvm/guest_memfd.c").read_text())
+        # As it is now, not as it was.
+        (other / "virt/kvm/guest_memfd.c").write_text("minus\nzero\n" + text)
+        self.assertEqual(self.tree().returncode, 0)
+        self.assertIn("minus", (self.top / "build/linux/virt/kvm/guest_memfd.c").read_text())
+
+    def test_a_git_tree_is_taken_with_what_is_not_committed(self):
+        self.ok(f"cd '{self.kernel}'; git init -q .; git add -A; git -c user.name=x -c user.email=x commit -qm x; "
+                "sed -i 1s/^/dirty\\\\n/ virt/kvm/guest_memfd.c")
+        self.assertEqual(self.tree().returncode, 0)
+        self.assertIn("dirty", (self.top / "build/linux/virt/kvm/guest_memfd.c").read_text())
+
+    def test_a_kernel_that_is_not_there(self):
+        self.assertIn("there is no such tree", self.sh("source/fetch", KERNEL="kernel8").stderr)
+
+    def test_the_users_settings_change_nothing(self):
+        before = self.patches()
+        (self.dir / ".gitconfig").write_text("[format]\ncoverLetter = auto\nfrom = A <a@b>\n[commit]\ngpgsign = true\n"
+                                             "[diff]\nnoprefix = true\n[core]\nabbrev = 7\nhooksPath = /nonexistent\n")
+        shutil.rmtree(self.top / "build")
+        done = self.tree(GIT_DIR="/nonexistent", ARCH="arm64", GIT_AUTHOR_DATE="2001-01-01T00:00:00Z")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.ok("source/export", KERNEL=str(self.kernel))
+        self.assertEqual(self.patches(), before)
+        said = self.ok(". ./lib.sh; env", ARCH="arm64", MAKEFLAGS="DEBUG=1", DEBUG="1", KBUILD_VERBOSE="1", LLVM="1")
+        for name in ("ARCH", "MAKEFLAGS", "DEBUG", "KBUILD_VERBOSE", "LLVM"):
+            self.assertNotIn(f"\n{name}=", said)
+
+    def test_without_home(self):
+        env = dict(self.env)
+        del env["HOME"]
+        subprocess.run(["bash", "-c", ". ./lib.sh"], cwd=self.top, env=env, check=True)
+
+
+def alive(pidfile):
+    pid = pidfile.read_text().strip()
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError("waited in vain")
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    unittest.main()

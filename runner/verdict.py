@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0
+"""What became of pages of TDs that got stuck, on v7.3.4 and with the series, for people."""
+import os
+import re
+
+from steps import Failure, short
+
+ROWS = (("SEAMCALLs that failed", "injected"),
+        ("pages that were not given back, or not cleanly", "stuck"),
+        ("pages marked as poisoned", "marked"),
+        ("times such a page was freed", "freed"),
+        ("times a page that a TD owns was allocated", "handed-out"),
+        ("times a page with dirty private lines was allocated", "handed-out-dirty"),
+        ("times a TD was to get a page that a TD owns", "given-twice"))
+
+
+def read(run):
+    """The numbers and the table of a report."""
+    with open(os.path.join(run.folder, "report"), errors="replace") as f:
+        report = f.read().replace("\r", "")
+    values = {name: int(n) for name, n in re.findall(r"^\s*# (\S+) (\d+)$", report, re.M)}
+    for _, name in ROWS + (("", "lost-tdr"),):
+        if name not in values:
+            raise Failure(f"the test did not end, see {short(run.folder)}/report")
+    table = re.search(r"^\s*# table\n(.*?)^\s*# table end", report, re.M | re.S)
+    lines = [re.sub(r"^\s*# ", "", line).rstrip() for line in table[1].splitlines()] if table else []
+    return values, lines
+
+
+def condense(lines):
+    """
+    Of the table of the test, that has four rows for each way to take pages away: one row, if
+    it makes no difference which page it is, and of three pages three stick.
+    """
+    head, rows = lines[:2], lines[2:]
+    short_rows = []
+    for first, middle, last, three in zip(*(rows[i::4] for i in range(4))):
+        cells = [row[26:].split() for row in (first, middle, last, three)]
+        if not cells[0] == cells[1] == cells[2] or \
+           cells[3] != [str(3 * int(c)) if c.isdigit() else c for c in cells[0]]:
+            return lines
+        short_rows.append(first[:18] + 8 * " " + first[26:])
+    return [line[:18] + (line[18:26].replace("fails", "     ")) + line[26:] for line in head] + short_rows + \
+        ["", "So it is for the first page, one in the middle, the last, and for three at once, which all stick."]
+
+
+def verdict(runs):
+    """
+    The text. It is an error if v7.3.4 does not hand out a page of a TD, as then nothing was
+    tested, or if the patched kernel does.
+    """
+    values, tables = {}, {}
+    for run in runs:
+        values[run.lane.name], tables[run.lane.name] = read(run)
+    old, new = values["td-base"], values["td"]
+    lines = condense(tables["td"])
+    for line in condense(tables.get("td-inplace", [])):
+        if line.startswith("convert in place"):
+            lines.insert(1 + max(i for i, other in enumerate(lines) if other.startswith("convert")), line)
+    lines += ["", f"{'the same on':52} {'v7.3.4':>8} {'series':>8}"]
+    lines += [f"{text:52} {old[name]:8} {new[name]:8}" for text, name in ROWS]
+    # A TDR page cannot be reclaimed as long as its TD owns pages.
+    lost = [(v["marked"] + v["lost-tdr"]) * 4096 // max(1, v["stuck"]) for v in (old, new)]
+    lines.append(f"{'bytes lost for each page, with the TDR of its TD':52} {lost[0]:8} {lost[1]:8}")
+
+    problem = None
+    if not old["handed-out"]:
+        problem = "v7.3.4 handed out no page of a TD: the test does not test anything"
+    for name, v in values.items():
+        if name == "td-base":
+            continue
+        if any(v[what] for what in ("freed", "handed-out", "handed-out-dirty", "given-twice")):
+            problem = f"the patched kernel let go of a page of a TD (lane {name})"
+        elif v["marked"] != v["stuck"]:
+            problem = f"not each page that got stuck is marked, or others are (lane {name})"
+    return lines, problem
