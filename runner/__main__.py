@@ -297,7 +297,7 @@ def choose(lanes, args):
     found = [t for lane in lanes.values() for t in lane.tests if t.name == name]
     if not found:
         raise Failure(f"there is no test {name}, but: {' '.join(names)}")
-    lane = lanes[args.on or found[0].lanes[0]]
+    lane = lanes[args.on or (found[0].lanes + found[0].also)[0]]
     test = dataclasses.replace(next((t for t in lane.tests if t.name == name), found[0]))
     if len(words) > 1:
         test.command = shlex.join([test.program, *words[1:]])
@@ -306,7 +306,7 @@ def choose(lanes, args):
 
 async def test(args):
     """Some tests on a lane, as often as wanted."""
-    lanes = load()
+    lanes = load(every=bool(args.test) or None)
     lane, tests = choose(lanes, args)
     await prepare()
     await emulators()
@@ -343,7 +343,7 @@ async def shell(args):
 
 
 def list_():
-    lanes = load()
+    lanes = load(every=True)
     say("kernels (kernel/build)")
     for name, text in KERNELS.items():
         say(f"  {name:18} {text}")

@@ -229,7 +229,7 @@ class Source(Project):
 
     def test_round_trip(self):
         before = self.patches()
-        self.assertEqual(len(before), 5)
+        self.assertEqual(len(before), 6)
         shutil.rmtree(self.top / "build")
         self.assertEqual(self.tree().returncode, 0)
         self.ok("source/export", KERNEL=str(self.kernel))
@@ -260,7 +260,7 @@ class Source(Project):
         self.assertNotEqual(self.sh("source/export", KERNEL=str(self.kernel)).returncode, 0)
         self.assertEqual(self.patches(), before)
         self.ok("source/export", KERNEL=str(self.kernel), DROP="1")
-        self.assertEqual(len(self.patches()), 4)
+        self.assertEqual(len(self.patches()), 5)
 
     def test_export_refuses_in_the_middle_of_a_rebase(self):
         self.sh("cd build/linux; git rebase -q -x false HEAD~1")
