@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # make run     build and boot the patched kernel, show that stuck pages are contained
 # make check   all tests; DEBUG=1 those on the debug kernel, too
+# make bench   what the series costs when nothing is wrong, in instructions
 # make list    kernels, lanes and tests
 # make test T=<test> [ON=<lane>] [RUNS=<n>]
 #              a test, or with ON alone a lane, as often as you like; T="<test> <arguments>"
@@ -22,7 +23,7 @@
 SHELL := bash
 export KERNEL ALL FORCE NO_INSTALL JOBS QEMU BOCHS BXSHARE QEMU_ARGS BOOT_SECONDS STALL_SECONDS
 
-.PHONY: help run check check-debug list test shell tree diff series clean distclean
+.PHONY: help run check check-debug bench list test shell tree diff series clean distclean
 
 help:
 	@sed -n '2,/^SHELL/{s/^# \{0,1\}//p}' Makefile
@@ -30,7 +31,7 @@ help:
 check:
 	@./bench check $(if $(filter-out 0,$(DEBUG)),--debug)
 
-run check-debug list tree:
+run check-debug bench list tree:
 	@./bench $@
 
 test:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 
+import cost
 import lanes as lanes_
 import machines
 import verdict as verdict_
@@ -55,9 +56,10 @@ async def emulators():
         await step("emulators", "QEMU and Bochs, unpacked beside", [script("emulators/get")])
 
 
-async def build(lanes, kernel):
-    await step(f"build-{kernel}", f"building {KERNELS[kernel]}",
-               [script("kernel/build"), kernel, *programs(lanes, kernel)])
+async def build(lanes, *kernels):
+    for kernel in kernels:
+        await step(f"build-{kernel}", f"building {KERNELS[kernel]}",
+                   [script("kernel/build"), kernel, *programs(lanes, kernel)])
 
 
 # -- make check
@@ -73,6 +75,7 @@ class Checks:
         self.passed = 0
         self.failures = []
         self.runs = []
+        self.cost = []
 
     async def check(self, name, text, argv, queue, after=(), inputs=None):
         """One check, one count. Nothing is tried again whose inputs are those it passed with."""
@@ -130,6 +133,18 @@ class Checks:
                 self.failures.append(f"verdict: {e}")
         return False
 
+    async def costs(self, after):
+        """Healthy paths cost what they did."""
+        if not await self.wait(after, "costs"):
+            return False
+        try:
+            self.cost, too_much = cost.report([r for r in self.runs if r.lane.icount])
+        except Failure as e:
+            too_much = [e]
+        self.failures += [f"costs: {line}" for line in too_much]
+        self.passed += not too_much
+        return not too_much
+
     async def wait(self, after, name):
         for other in after:
             if not await self.done[other]:
@@ -186,6 +201,9 @@ class Checks:
             self.add(name, self.lane(name, one, ["build-patched", "emulators"]))
         self.add("td-base", self.lane("td-base", one, ["build-base", "emulators"]))
         self.add("verdict", self.verdict(["td", "td-base", "td-smp", "td-inplace"]))
+        for name, kernels in (("cost", []), ("cost-inplace", []), ("cost-base", ["build-base"])):
+            self.add(name, self.lane(name, one, ["build-patched", *kernels, "emulators"]))
+        self.add("costs", self.costs(["cost", "cost-inplace", "cost-base"]))
         tree = lambda name: lambda: [script(f"checks/{name}"), tree_id()]
         check("sparse", "sparse on touched files, against the base", one, ["build-patched", "build-base"], tree("sparse"))
         check("docs", "documentation of touched files", one, ["build-patched", "build-base"], tree("docs"))
@@ -206,6 +224,7 @@ class Checks:
         if os.path.exists(path):
             with open(path) as f:
                 say("\n" + f.read().rstrip())
+        say("\n" + "\n".join(self.cost))
         say(f"\nQEMU {machines.version('qemu')}, Bochs {machines.version('bochs')}; {time.monotonic() - start:.0f} s; "
             f"every case: {short(BUILD)}/report.ktap and .json")
         notice()
@@ -278,6 +297,27 @@ async def run(args):
     return 0
 
 
+async def bench(args):
+    """What the series costs when nothing is wrong."""
+    os.environ["FORCE"] = "1"
+    await prepare()
+    await emulators()
+    lanes = load()
+    await build(lanes, "patched", "base")
+    start = time.monotonic()
+    runs = [Run(lanes[name]) for name in ("cost-base", "cost", "cost-inplace")]
+    await asyncio.gather(*(r.run(quiet=True) for r in runs))
+    for r in runs:
+        if not r.passed:
+            raise Failure(next(r.failures()))
+    lines, too_much = cost.report(runs)
+    say("\n" + "\n".join(lines))
+    say(f"\n{time.monotonic() - start:.0f} s; {short(BUILD)}/cost.csv")
+    for line in too_much:
+        say(f"too much: {line}")
+    return 1 if too_much else 0
+
+
 async def tree(args):
     await prepare()
     return 0
@@ -310,7 +350,7 @@ async def test(args):
     lane, tests = choose(lanes, args)
     await prepare()
     await emulators()
-    await build(lanes, lane.kernel)
+    await build(lanes, lane.kernel, *(["patched"] if lane.icount else []))
     os.environ["FORCE"] = "1"
     bad = 0
     for i in range(args.runs):
@@ -359,7 +399,7 @@ def list_():
 
 def arguments():
     parser = argparse.ArgumentParser(prog="bench", description="what make calls")
-    parser.add_argument("command", choices=["run", "check", "check-debug", "tree", "test", "shell", "list"])
+    parser.add_argument("command", choices=["run", "check", "check-debug", "bench", "tree", "test", "shell", "list"])
     parser.add_argument("--debug", action="store_true", help="the debug kernel, too")
     parser.add_argument("--test", help="which test")
     parser.add_argument("--on", help="on which lane")
@@ -372,6 +412,6 @@ if __name__ == "__main__":
     if given.command == "list":
         sys.exit(list_())
     given.debug |= given.command == "check-debug"
-    commands = {"run": run, "check": check, "check-debug": check, "tree": tree, "test": test, "shell": shell}
+    commands = {"run": run, "check": check, "check-debug": check, "bench": bench, "tree": tree, "test": test, "shell": shell}
     os.makedirs(CACHE, exist_ok=True)
     sys.exit(main(commands[given.command](given)))

@@ -50,6 +50,7 @@ class Lane:
     cpus: int = None
     kunit: bool = False
     control: bool = False
+    icount: bool = False
     column: str = None
     row: str = None
     tests: list = field(default_factory=list)
@@ -83,7 +84,7 @@ def programs(lanes, kernel):
     """What kernel/build has to build with that kernel, with ALL=1 or without."""
     with open(os.path.join(TOP, "lanes.toml"), "rb") as f:
         data = tomllib.load(f)
-    return sorted({t["command"].split()[0] for t in data["test"]
+    return sorted({t["command"].split()[0] for t in data["test"] if not t["command"].startswith("./")
                    for lane in t["lanes"] + t.get("also", []) if lanes[lane].kernel == kernel})
 
 
@@ -128,8 +129,9 @@ class Run:
         listing = os.path.join(self.folder, "tests")
         with open(listing, "w") as f:
             f.writelines(f"{t.name} {5 * t.seconds} {t.command}\n" for t in self.tests)
-        subprocess.run([os.path.join(TOP, "guest/initramfs"), self.initramfs, listing, os.path.join(obj, "root")],
-                       check=True)
+        # The headers of the series, for all kernels: who uses what is new asks for it first.
+        subprocess.run([os.path.join(TOP, "guest/initramfs"), self.initramfs, listing, os.path.join(obj, "root"),
+                        os.path.join(objects("patched"), "usr/include")], check=True)
 
     def key(self):
         """What the result depends on."""
@@ -321,7 +323,7 @@ def table(runs):
     columns = ["v7.3.4", "patched", "debug", "Bochs"]
     rows = {}
     for run in runs:
-        for result in run.results:
+        for result in run.results if not run.lane.icount else ():
             name = result.name + (f" ({run.lane.row})" if run.lane.row else "")
             text = re.sub(r"^(\S+ s)$", r"\1", result.text) if result.state == "ok" else ""
             if result.skipped and result.state == "ok":

@@ -59,7 +59,9 @@ class Qemu:
             argv += ["-L", f"{ROOT}/usr/share/qemu", "-L", f"{ROOT}/usr/share/seabios"]
         # no_timer_check: on a busy host the emulated timer may seem not to work at all.
         append = " ".join(["console=ttyS0,115200 panic=-1 no_timer_check", *lane.parameters])
-        argv += ["-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt,+nrip-save", "-smp", str(lane.cpus or 2),
+        # With icount its clock counts instructions, and does not wait when there are none.
+        accel = ["tcg", "-icount", "shift=0,sleep=off"] if lane.icount else ["tcg,thread=multi"]
+        argv += ["-accel", *accel, "-cpu", "EPYC,+svm,+npt,+nrip-save", "-smp", str(lane.cpus or 2),
                  "-m", "3G", "-nodefaults", "-no-user-config", "-display", "none",
                  "-kernel", kernel, "-initrd", initramfs]
         if interactive:

@@ -313,6 +313,50 @@ class Source(Project):
         subprocess.run(["bash", "-c", ". ./lib.sh"], cwd=self.top, env=env, check=True)
 
 
+class Cost(Project):
+    """The limit for what healthy paths cost."""
+
+    def too_much(self, series, name="punch", size=2 << 20):
+        """What is said of a path that takes 1000 instructions on v7.3.4."""
+        driver = textwrap.dedent("""
+            import os, sys, types
+            sys.path.insert(0, "runner")
+            import cost
+            print(*cost.report([types.SimpleNamespace(lane=types.SimpleNamespace(name=name), folder=name)
+                                for name in ("cost-base", "cost", "cost-inplace")])[1], sep="\\n")
+        """)
+        for lane, n in ("cost-base", 1000), ("cost", series), ("cost-inplace", 5000):
+            (self.top / lane).mkdir(exist_ok=True)
+            lines = [f"# cost {other} {other_size} 1000\r\n" for other in (
+                "pre-fault,absent", "pre-fault,present", "guest-fault,absent", "guest-fault,present", "close", "punch")
+                     for other_size in (4096, 2 << 20) if (other, other_size) != (name, size)]
+            folios = [f"# cost {p}:{other} {2 << 20} 5\n" for p in ("4K", "2M") for other in (
+                "absent", "present", "to-shared", "to-private", "to-shared,first", "to-shared,next", "punch-4K", "close", "close,poisoned",
+                "poisoned,0", "poisoned,1", "poisoned,16", "poisoned,256")]
+            (self.top / lane / "report").write_text("".join([*lines, f"# cost {name} {size} {n}\r\n", *folios]))
+        (self.top / "driver.py").write_text(driver)
+        return self.sh(". ./lib.sh; exec python3 -B driver.py")
+
+    def test_as_before(self):
+        self.assertEqual(self.too_much(1010).stdout.strip(), "")
+
+    def test_two_percent_more(self):
+        for name in "punch", "pre-fault,absent":
+            said = self.too_much(1020, name).stdout
+            self.assertIn("1020 instructions, 1000 on v7.3.4", said)
+            self.assertIn("2 MiB", said)
+
+    def test_no_limit_for_a_system_call(self):
+        self.assertEqual(self.too_much(1020, size=4096).stdout.strip(), "")
+
+    def test_something_was_not_counted(self):
+        self.too_much(1000)
+        (self.top / "cost/report").write_text("# begin cost\n")
+        done = self.sh(". ./lib.sh; exec python3 -B driver.py")
+        self.assertNotEqual(done.returncode, 0)
+        self.assertIn("nothing was counted", done.stderr)
+
+
 def alive(pidfile):
     pid = pidfile.read_text().strip()
     try:
