@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/klog.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #include <linux/falloc.h>
@@ -318,6 +319,34 @@ static void poison(bool huge, int nr)
 	end_vm(vm);
 }
 
+static void write_number(const char *path, unsigned long n)
+{
+	FILE *f = fopen(path, "w");
+
+	if (!f || fprintf(f, "%lu", n) < 0 || fclose(f))
+		err(1, "%s", path);
+}
+
+#define FAIL_ZAP	"/sys/kernel/debug/fail_guest_memfd_zap/"
+
+/* Of 2 MiB that the guest has mapped, let the zap of @nr pages fail. */
+static void marks(bool huge, int nr)
+{
+	struct vm *vm = new_vm(2 * HUGE, true, huge ? GUEST_MEMFD_FLAG_HUGEPAGE : 0);
+	char name[32];
+
+	guest(vm, 0, HUGE);
+	write_number(FAIL_ZAP "verbose", 0);
+	write_number(FAIL_ZAP "first-gfn", BASE / PAGE);
+	write_number(FAIL_ZAP "last-gfn", BASE / PAGE + nr - 1);
+	write_number(FAIL_ZAP "times", nr);
+	write_number(FAIL_ZAP "probability", nr ? 100 : 0);
+	snprintf(name, sizeof(name), "zap,%d-stuck", nr);
+	measure_as(huge ? "2M:" : "4K:", name, slot(vm, 0));
+	write_number(FAIL_ZAP "probability", 0);
+	end_vm(vm);
+}
+
 static void on_sigbus(int signal)
 {
 	(void)signal;
@@ -346,6 +375,14 @@ int main(void)
 			folios(huge);
 		for (int i = 0; i < 4; i++)
 			poison(huge, (int[]){ 0, 1, 16, 256 }[i]);
+	}
+	/* Last, as what it takes to make zaps fail is never switched off again. */
+	if (!access(FAIL_ZAP "probability", W_OK)) {
+		klogctl(8, NULL, 1);	/* messages cost more than marking */
+		for (int huge = 0; huge < 2; huge++)
+			for (int i = 0; i < 2; i++)
+				marks(huge, (int[]){ 0, 512 }[i]);
+		klogctl(8, NULL, 7);
 	}
 	print(HUGE);
 	return 0;

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -311,8 +312,9 @@ async def bench(args):
         if not r.passed:
             raise Failure(next(r.failures()))
     lines, too_much = cost.report(runs)
-    say("\n" + "\n".join(lines))
-    say(f"\n{time.monotonic() - start:.0f} s; {short(BUILD)}/cost.csv")
+    say("\n" + "\n".join([*lines, "", *cost.sizes(objects)]))
+    drawn = cost.draw()
+    say(f"\n{time.monotonic() - start:.0f} s; {short(BUILD)}/cost.csv{drawn}")
     for line in too_much:
         say(f"too much: {line}")
     return 1 if too_much else 0
@@ -408,6 +410,7 @@ def arguments():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     given = arguments()
     if given.command == "list":
         sys.exit(list_())

@@ -3,6 +3,8 @@
 import csv
 import os
 import re
+import shutil
+import subprocess
 
 from steps import BUILD, Failure, short
 
@@ -39,6 +41,8 @@ FOLIOS = {
     "poisoned,1": " ... 1 of those between is poisoned",
     "poisoned,16": " ... 16 are",
     "poisoned,256": " ... all 256 are",
+    "zap,0-stuck": "memslot deletion",
+    "zap,512-stuck": " ... all pages get stuck",
 }
 
 
@@ -83,8 +87,18 @@ def gate(values):
             yield f"{TEXT[name]}, {size_text(size)}: {series[name, size]} instructions, {old} on v7.3.4"
 
 
+def sizes(obj):
+    """Lines of a table, of the code and data of what the series touches; obj: a kernel's objects."""
+    yield f"{'bytes of code and data':38} {'v7.3.4':>10} {'series':>10}"
+    for name in ("virt/kvm/guest_memfd.o", "arch/x86/kvm/vmx/tdx.o", "mm/memory-failure.o", "mm/huge_memory.o",
+                 "mm/memory.o", "mm/page_alloc.o"):
+        old, new = (int(subprocess.run(["size", os.path.join(obj(kernel), name)], check=True, capture_output=True,
+                                       text=True).stdout.split("\n")[1].split()[3]) for kernel in ("base", "patched"))
+        yield f"{name:38} {old:10} {new:10} {new - old:+7}"
+
+
 def report(runs):
-    """The table, and what is wrong, of runs of all lanes that count. Writes build/cost.csv."""
+    """The tables, and what is wrong, of runs of all lanes that count. Writes build/cost.csv."""
     values = {run.lane.name: read(run) for run in runs}
     counted = {name for name, _ in values["cost-base"]}
     if not counted.issuperset(GATED):
@@ -99,3 +113,30 @@ def report(runs):
         for name, size in values["cost-inplace"]:
             out.writerow([name, size, *(v.get((name, size)) for v in values.values())])
     return [*compare(values), "", *folios(values)], list(gate(values))
+
+
+PLOT = """
+set terminal svg size 840,420 font 'sans-serif,13' background 'white'
+set output 'cost.svg'
+set datafile separator comma
+set style data histogram
+set style histogram clustered gap 1
+set style fill solid border -1
+set boxwidth 0.9
+set xtics rotate by -30 nomirror
+set yrange [0:1.3]
+set grid ytics
+set ylabel 'instructions, v7.3.4 = 1'
+set key top left horizontal
+plot 1 notitle linecolor 'black', \\
+     '< grep ,2097152,[0-9] cost.csv' using ($4/$3):xtic(1) title 'series' linecolor '#4477aa', \\
+     '' using ($5/$3) title 'in place' linecolor '#ee9955'
+"""
+
+
+def draw():
+    """A picture of build/cost.csv, where there is gnuplot. Answers what to say of it."""
+    if not shutil.which("gnuplot"):
+        return " (with gnuplot: a picture, too)"
+    subprocess.run(["gnuplot"], input=PLOT, cwd=BUILD, check=True, text=True)
+    return " and .svg"

@@ -332,7 +332,7 @@ class Cost(Project):
                      for other_size in (4096, 2 << 20) if (other, other_size) != (name, size)]
             folios = [f"# cost {p}:{other} {2 << 20} 5\n" for p in ("4K", "2M") for other in (
                 "absent", "present", "to-shared", "to-private", "to-shared,first", "to-shared,next", "punch-4K", "close", "close,poisoned",
-                "poisoned,0", "poisoned,1", "poisoned,16", "poisoned,256")]
+                "poisoned,0", "poisoned,1", "poisoned,16", "poisoned,256", "zap,0-stuck", "zap,512-stuck")]
             (self.top / lane / "report").write_text("".join([*lines, f"# cost {name} {size} {n}\r\n", *folios]))
         (self.top / "driver.py").write_text(driver)
         return self.sh(". ./lib.sh; exec python3 -B driver.py")
