@@ -268,6 +268,17 @@ static void conversions(uint64_t size)
 	end_vm(vm);
 }
 
+static void print_inode_size(void)
+{
+	FILE *f = fopen("/sys/kernel/slab/kvm_gmem_inode_cache/object_size", "r");
+	unsigned int size;
+
+	if (!f || fscanf(f, "%u", &size) != 1)
+		err(1, "kvm_gmem_inode_cache");
+	printf("cost inode 0 %u\n", size);
+	fclose(f);
+}
+
 /* What becomes of 2 MiB, as a folio or as 512. */
 static void folios(bool huge)
 {
@@ -365,6 +376,7 @@ int main(void)
 		}
 		print(sizes[i]);
 	}
+	print_inode_size();
 
 	if (!(ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_HUGEPAGE))
 		return 0;

@@ -139,7 +139,7 @@ class Checks:
         if not await self.wait(after, "costs"):
             return False
         try:
-            self.cost, too_much = cost.report([r for r in self.runs if r.lane.icount])
+            _, self.cost, too_much = cost.report([r for r in self.runs if r.lane.icount])
         except Failure as e:
             too_much = [e]
         self.failures += [f"costs: {line}" for line in too_much]
@@ -311,8 +311,8 @@ async def bench(args):
     for r in runs:
         if not r.passed:
             raise Failure(next(r.failures()))
-    lines, too_much = cost.report(runs)
-    say("\n" + "\n".join([*lines, "", *cost.sizes(objects)]))
+    values, lines, too_much = cost.report(runs)
+    say("\n" + "\n".join([*lines, "", *cost.sizes(values, objects)]))
     drawn = cost.draw()
     say(f"\n{time.monotonic() - start:.0f} s; {short(BUILD)}/cost.csv{drawn}")
     for line in too_much:
@@ -410,9 +410,10 @@ def arguments():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     given = arguments()
     if given.command == "list":
+        # As all that only prints: no traceback if nobody reads it to the end.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         sys.exit(list_())
     given.debug |= given.command == "check-debug"
     commands = {"run": run, "check": check, "check-debug": check, "bench": bench, "tree": tree, "test": test, "shell": shell}

@@ -87,9 +87,11 @@ def gate(values):
             yield f"{TEXT[name]}, {size_text(size)}: {series[name, size]} instructions, {old} on v7.3.4"
 
 
-def sizes(obj):
-    """Lines of a table, of the code and data of what the series touches; obj: a kernel's objects."""
-    yield f"{'bytes of code and data':38} {'v7.3.4':>10} {'series':>10}"
+def sizes(values, obj):
+    """Lines of a table, of memory; obj: a kernel's objects."""
+    yield f"{'bytes':38} {'v7.3.4':>10} {'series':>10}"
+    old, new = (values[name]["inode", 0] for name in ("cost-base", "cost"))
+    yield f"{'inode of a guest_memfd':38} {old:10} {new:10} {new - old:+7}"
     for name in ("virt/kvm/guest_memfd.o", "arch/x86/kvm/vmx/tdx.o", "mm/memory-failure.o", "mm/huge_memory.o",
                  "mm/memory.o", "mm/page_alloc.o"):
         old, new = (int(subprocess.run(["size", os.path.join(obj(kernel), name)], check=True, capture_output=True,
@@ -98,7 +100,7 @@ def sizes(obj):
 
 
 def report(runs):
-    """The tables, and what is wrong, of runs of all lanes that count. Writes build/cost.csv."""
+    """What was counted, tables of it, and what is wrong, of runs of all lanes that count. Writes build/cost.csv."""
     values = {run.lane.name: read(run) for run in runs}
     counted = {name for name, _ in values["cost-base"]}
     if not counted.issuperset(GATED):
@@ -112,7 +114,7 @@ def report(runs):
         out.writerow(["operation", "bytes", *values])
         for name, size in values["cost-inplace"]:
             out.writerow([name, size, *(v.get((name, size)) for v in values.values())])
-    return [*compare(values), "", *folios(values)], list(gate(values))
+    return values, [*compare(values), "", *folios(values)], list(gate(values))
 
 
 PLOT = """

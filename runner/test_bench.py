@@ -323,7 +323,7 @@ class Cost(Project):
             sys.path.insert(0, "runner")
             import cost
             print(*cost.report([types.SimpleNamespace(lane=types.SimpleNamespace(name=name), folder=name)
-                                for name in ("cost-base", "cost", "cost-inplace")])[1], sep="\\n")
+                                for name in ("cost-base", "cost", "cost-inplace")])[2], sep="\\n")
         """)
         for lane, n in ("cost-base", 1000), ("cost", series), ("cost-inplace", 5000):
             (self.top / lane).mkdir(exist_ok=True)
