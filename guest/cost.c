@@ -311,7 +311,7 @@ static void folios(bool huge)
 	end_vm(vm);
 }
 
-/* The other half of the pages is healthy, and costs nothing more. */
+/* Every other page of 2 MiB is healthy; @nr of those between are not. */
 static void poison(bool huge, int nr)
 {
 	struct vm *vm = new_vm(2 * HUGE, false, huge ? GUEST_MEMFD_FLAG_HUGEPAGE : 0);
