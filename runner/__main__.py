@@ -286,7 +286,7 @@ async def run(args):
         raise Failure(next(demo.failures()))
     say()
     await build(lanes, "base")
-    runs = [Run(lanes["td-base"]), Run(lanes["td"])]
+    runs = [Run(lanes[name]) for name in ("td-inplace", "td-base", "td")]
     await asyncio.gather(*(r.run() for r in runs))
     for r in runs:
         if not r.passed:

@@ -14,17 +14,19 @@ ROWS = (("SEAMCALLs that failed", "injected"),
         ("times a TD was to get a page that a TD owns", "given-twice"))
 
 
-def read(run):
-    """The numbers and the table of a report."""
+def read(run, test):
+    """The numbers and the tables of a test in a report; nothing if it is not in there."""
     with open(os.path.join(run.folder, "report"), errors="replace") as f:
         report = f.read().replace("\r", "")
-    values = {name: int(n) for name, n in re.findall(r"^\s*# (\S+) (\d+)$", report, re.M)}
+    found = re.search(rf"^# begin {test}\n(.*?)(?=^# begin |\Z)", report, re.M | re.S)
+    if not found:
+        return None
+    values = {name: int(n) for name, n in re.findall(r"^\s*# (\S+) (\d+)$", found[1], re.M)}
     for _, name in ROWS + (("", "lost-tdr"),):
         if name not in values:
-            raise Failure(f"the test did not end, see {short(run.folder)}/report")
-    table = re.search(r"^\s*# table\n(.*?)^\s*# table end", report, re.M | re.S)
-    lines = [re.sub(r"^\s*# ", "", line).rstrip() for line in table[1].splitlines()] if table else []
-    return values, lines
+            raise Failure(f"{test} did not end, see {short(run.folder)}/report")
+    tables = re.findall(r"^\s*# table\n(.*?)^\s*# table end", found[1], re.M | re.S)
+    return values, [[re.sub(r"^\s*# ", "", line).rstrip() for line in table.splitlines()] for table in tables]
 
 
 def condense(lines):
@@ -44,14 +46,36 @@ def condense(lines):
         ["", "So it is for the first page, one in the middle, the last, and for three at once, which all stick."]
 
 
+def condense_huge(lines, column):
+    """
+    Of a table about huge pages: one row for each way, if it makes no difference which part or
+    which page it is, and of three pages three stick.
+    """
+    rows = []
+    for line in lines[2:]:
+        cells = line[column:].split()
+        if not line.startswith(" "):
+            rows.append(line[:19] + (column - 19) * " " + line[column:])
+            first = cells
+        elif cells != first and cells != [str(3 * int(c)) if c.isdigit() else c for c in first[-len(cells):]]:
+            return lines
+    return [line[:19] + (column - 19) * " " + line[column:] for line in lines[:2]] + rows
+
+
 def verdict(runs):
     """
     The text. It is an error if v7.3.4 does not hand out a page of a TD, as then nothing was
     tested, or if the patched kernel does.
     """
-    values, tables = {}, {}
+    values, tables, huge = {}, {}, None
     for run in runs:
-        values[run.lane.name], tables[run.lane.name] = read(run)
+        found = read(run, "tdx_stuck_pages_test")
+        if not found:
+            raise Failure(f"tdx_stuck_pages_test did not run, see {short(run.folder)}/report")
+        values[run.lane.name], (tables[run.lane.name],) = found
+        found = read(run, "tdx_stuck_hugepages_test")
+        if found:
+            values[run.lane.name + ", 2M"], huge = found
     old, new = values["td-base"], values["td"]
     lines = condense(tables["td"])
     for line in condense(tables.get("td-inplace", [])):
@@ -62,6 +86,11 @@ def verdict(runs):
     # A TDR page cannot be reclaimed as long as its TD owns pages.
     lost = [(v["marked"] + v["lost-tdr"]) * 4096 // max(1, v["stuck"]) for v in (old, new)]
     lines.append(f"{'bytes lost for each page, with the TDR of its TD':52} {lost[0]:8} {lost[1]:8}")
+
+    if huge:
+        calls, cuts, removals = huge
+        lines += ["", "Pages of 2M, which v7.3.4 does not have:", "", *condense_huge(cuts, 29), "",
+                  *condense_huge(removals, 26), "", *calls]
 
     problem = None
     if not old["handed-out"]:
