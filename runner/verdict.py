@@ -14,7 +14,11 @@ ROWS = (("SEAMCALLs that failed", "injected"),
         ("times a TD was to get a page that a TD owns", "given-twice"))
 
 
-def read(run, test):
+LIVES = (("TDs of which one SEAMCALL failed, each another one", "lives"),
+         ("of these, with a page in wrong hands", "violations"))
+
+
+def read(run, test, names=tuple(name for _, name in ROWS) + ("lost-tdr",)):
     """The numbers and the tables of a test in a report; nothing if it is not in there."""
     with open(os.path.join(run.folder, "report"), errors="replace") as f:
         report = f.read().replace("\r", "")
@@ -22,7 +26,7 @@ def read(run, test):
     if not found:
         return None
     values = {name: int(n) for name, n in re.findall(r"^\s*# (\S+) (\d+)$", found[1], re.M)}
-    for _, name in ROWS + (("", "lost-tdr"),):
+    for name in names:
         if name not in values:
             raise Failure(f"{test} did not end, see {short(run.folder)}/report")
     tables = re.findall(r"^\s*# table\n(.*?)^\s*# table end", found[1], re.M | re.S)
@@ -67,7 +71,7 @@ def verdict(runs):
     The text. It is an error if v7.3.4 does not hand out a page of a TD, as then nothing was
     tested, or if the patched kernel does.
     """
-    values, tables, huge = {}, {}, None
+    values, tables, lives, huge = {}, {}, {}, None
     for run in runs:
         found = read(run, "tdx_stuck_pages_test")
         if not found:
@@ -76,6 +80,9 @@ def verdict(runs):
         found = read(run, "tdx_stuck_hugepages_test")
         if found:
             values[run.lane.name + ", 2M"], huge = found
+        found = read(run, "tdx_fail_each_test", ("lives", "violations"))
+        if found:
+            lives[run.lane.name] = found[0]
     old, new = values["td-base"], values["td"]
     lines = condense(tables["td"])
     for line in condense(tables.get("td-inplace", [])):
@@ -87,6 +94,9 @@ def verdict(runs):
     lost = [(v["marked"] + v["lost-tdr"]) * 4096 // max(1, v["stuck"]) for v in (old, new)]
     lines.append(f"{'bytes lost for each page, with the TDR of its TD':52} {lost[0]:8} {lost[1]:8}")
 
+    if "td-base" in lives and "td" in lives:
+        lines += [f"{text:52} {lives['td-base'][name]:8} {lives['td'][name]:8}" for text, name in LIVES]
+
     if huge:
         calls, cuts, removals = huge
         lines += ["", "Pages of 2M, which v7.3.4 does not have:", "", *condense_huge(cuts, 29), "",
@@ -95,6 +105,11 @@ def verdict(runs):
     problem = None
     if not old["handed-out"]:
         problem = "v7.3.4 handed out no page of a TD: the test does not test anything"
+    if "td-base" in lives and not lives["td-base"]["violations"]:
+        problem = "on v7.3.4 each SEAMCALL may fail: tdx_fail_each_test does not test anything"
+    for name, v in lives.items():
+        if name != "td-base" and v["violations"]:
+            problem = f"a SEAMCALL that fails brings a page of a TD into wrong hands (lane {name})"
     for name, v in values.items():
         if name == "td-base":
             continue
