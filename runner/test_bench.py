@@ -313,6 +313,53 @@ class Source(Project):
         subprocess.run(["bash", "-c", ". ./lib.sh"], cwd=self.top, env=env, check=True)
 
 
+class Verdict(Project):
+    """v7.3.4 has to fail, the series must not."""
+
+    def problem(self, **changes):
+        """What the verdict finds wrong, in reports of which some numbers differ."""
+        driver = textwrap.dedent("""
+            import sys, types
+            sys.path.insert(0, "runner")
+            import verdict
+            lines, problem = verdict.verdict([types.SimpleNamespace(lane=types.SimpleNamespace(name=name), folder=name)
+                                              for name in ("td-base", "td", "td-inplace")])
+            print(problem, *lines, sep="\\n")
+        """)
+        numbers = {"injected": 4, "stuck": 4, "marked": 4, "freed": 0, "handed-out": 0, "handed-out-dirty": 0, "given-twice": 0,
+                   "lost-tdr": 1}
+        base = {"marked": 0, "freed": 4, "handed-out": 3, "violations": 2}
+        table = "  # table\n  # head\n  # head\n  # table end\n"
+        for lane in "td-base", "td", "td-inplace":
+            text = ""
+            for test in "tdx_stuck_hugepages_test", "tdx_fail_each_test", "tdx_stuck_pages_test":
+                if test == "tdx_stuck_hugepages_test" and lane != "td-inplace":
+                    continue
+                text += f"# begin {test}\r\n" + table * (3 if test == "tdx_stuck_hugepages_test" else 1)
+                values = {"lives": 5, "violations": 0} if test == "tdx_fail_each_test" else dict(numbers)
+                values |= {k: v for k, v in base.items() if k in values and lane == "td-base"}
+                values |= {k: v for k, v in changes.get(f"{lane}:{test}", {}).items() if k in values}
+                text += "".join(f"  # {name} {n}\r\n" for name, n in values.items()) + f"ok 1 {test}\r\n"
+            (self.top / lane).mkdir(exist_ok=True)
+            (self.top / lane / "report").write_text(text)
+        (self.top / "driver.py").write_text(driver)
+        return self.sh(". ./lib.sh; exec python3 -B driver.py").stdout.split("\n")
+
+    def test_as_it_should_be(self):
+        said = self.problem()
+        self.assertEqual(said[0], "None")
+        self.assertIn("Pages of 2M, which v7.3.4 does not have:", said)
+
+    def test_v734_does_not_fail(self):
+        self.assertIn("does not test anything", self.problem(**{"td-base:tdx_stuck_pages_test": {"handed-out": 0}})[0])
+        self.assertIn("does not test anything", self.problem(**{"td-base:tdx_fail_each_test": {"violations": 0}})[0])
+
+    def test_the_series_fails(self):
+        self.assertIn("(lane td)", self.problem(**{"td:tdx_fail_each_test": {"violations": 1}})[0])
+        self.assertIn("(lane td-inplace, 2M)", self.problem(**{"td-inplace:tdx_stuck_hugepages_test": {"freed": 1}})[0])
+        self.assertIn("not each page", self.problem(**{"td-inplace:tdx_stuck_hugepages_test": {"marked": 3}})[0])
+
+
 class Cost(Project):
     """The limit for what healthy paths cost."""
 
