@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # make run     build and boot the patched kernel, show that stuck pages are contained
 # make check   all tests; DEBUG=1 those on the debug kernel, too
+# make td      launch a Linux in a TD by QEMU, on an emulated machine without TDX
 # make bench   what the series costs when nothing is wrong, in instructions
 # make list    kernels, lanes and tests
 # make test T=<test> [ON=<lane>] [RUNS=<n>]
@@ -17,13 +18,14 @@
 # FORCE=1          do not trust results that are kept in the cache
 # NO_INSTALL=1     do not install Debian packages
 # JOBS=N           how many compilers at once
+# TD_ARGS="..."    with td: more arguments for the Linux in the TD
 # QEMU=, BOCHS=    emulators of your own; QEMU_ARGS= more arguments for QEMU
 # BOOT_SECONDS=, STALL_SECONDS=
 #                  how long a machine may take to boot, how long it may be silent
 SHELL := bash
-export KERNEL ALL FORCE NO_INSTALL JOBS QEMU BOCHS BXSHARE QEMU_ARGS BOOT_SECONDS STALL_SECONDS
+export KERNEL ALL FORCE NO_INSTALL JOBS TD_ARGS QEMU BOCHS BXSHARE QEMU_ARGS BOOT_SECONDS STALL_SECONDS
 
-.PHONY: help run check check-debug bench list test shell tree diff series clean distclean
+.PHONY: help run check check-debug td bench list test shell tree diff series clean distclean
 
 help:
 	@sed -n '2,/^SHELL/{s/^# \{0,1\}//p}' Makefile
@@ -31,7 +33,7 @@ help:
 check:
 	@./bench check $(if $(filter-out 0,$(DEBUG)),--debug)
 
-run check-debug bench list tree:
+run check-debug td bench list tree:
 	@./bench $@
 
 test:

@@ -4,6 +4,7 @@ The commands behind make: see the Makefile, or make without a target.
 """
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -24,7 +25,8 @@ from lanes import Run, load, objects, programs
 from steps import BUILD, CACHE, LOGS, TOP, TREE, WORK, Failure, main, say, short, step
 
 KERNELS = {"base": "v7.3.4 with the software TDX module", "patched": "the series, KVM as modules",
-           "debug": "the series with KASAN, lockdep and page poisoning, KVM built in"}
+           "debug": "the series with KASAN, lockdep and page poisoning, KVM built in",
+           "guest": "a small Linux for TDs"}
 
 
 def script(name):
@@ -198,9 +200,11 @@ class Checks:
             self.add(name, self.lane(name, all_, ["build-patched", "emulators"]))
         kernel("base")
         self.add("base", self.lane("base", all_, ["build-base", "emulators"]))
-        for name in ("td", "td-inplace", "td-smp", "intel"):
+        for name in ("td", "td-inplace", "td-smp", "td-run", "td-run-smp", "intel"):
             self.add(name, self.lane(name, one, ["build-patched", "emulators"]))
         self.add("td-base", self.lane("td-base", one, ["build-base", "emulators"]))
+        kernel("guest")
+        self.add("td-linux", self.lane("td-linux", one, ["build-patched", "build-guest", "emulators"]))
         self.add("verdict", self.verdict(["td", "td-base", "td-smp", "td-inplace"]))
         for name, kernels in (("cost", []), ("cost-inplace", []), ("cost-base", ["build-base"])):
             self.add(name, self.lane(name, one, ["build-patched", *kernels, "emulators"]))
@@ -320,6 +324,45 @@ async def bench(args):
     return 1 if too_much else 0
 
 
+async def follow(path, pattern):
+    """Show the lines with that in them of a file that grows."""
+    position = 0
+    while True:
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
+            f.seek(position)
+            text = f.read().rpartition(b"\n")[0]
+            position += len(text)
+            for line in text.decode(errors="replace").split("\n"):
+                if re.search(pattern, line):
+                    say("  " + line.rstrip())
+        await asyncio.sleep(0.5)
+
+
+async def td(args):
+    """A Linux in a TD, and a second one."""
+    os.environ["FORCE"] = "1"
+    await prepare()
+    await emulators()
+    lanes = load()
+    await build(lanes, "patched", "guest")
+    r = Run(lanes["td-linux"])
+    shutil.rmtree(r.folder, ignore_errors=True)
+    start = time.monotonic()
+    side = asyncio.ensure_future(follow(os.path.join(r.folder, "console"), "tdstub: |td: |lane: |qemu"))
+    try:
+        await r.run(quiet=True, keep=False)
+    finally:
+        side.cancel()
+    say()
+    for result in r.results:
+        for name, state, _ in result.cases:
+            say(f"{state:5} {name}")
+    say(f"\n{time.monotonic() - start:.0f} s; {short(r.folder)}/console and report")
+    for line in r.failures():
+        say(f"failed: {line}")
+    return 0 if r.passed else 1
+
+
 async def tree(args):
     await prepare()
     return 0
@@ -401,7 +444,7 @@ def list_():
 
 def arguments():
     parser = argparse.ArgumentParser(prog="bench", description="what make calls")
-    parser.add_argument("command", choices=["run", "check", "check-debug", "bench", "tree", "test", "shell", "list"])
+    parser.add_argument("command", choices=["run", "check", "check-debug", "td", "bench", "tree", "test", "shell", "list"])
     parser.add_argument("--debug", action="store_true", help="the debug kernel, too")
     parser.add_argument("--test", help="which test")
     parser.add_argument("--on", help="on which lane")
@@ -416,6 +459,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         sys.exit(list_())
     given.debug |= given.command == "check-debug"
-    commands = {"run": run, "check": check, "check-debug": check, "bench": bench, "tree": tree, "test": test, "shell": shell}
+    commands = {"run": run, "check": check, "check-debug": check, "td": td, "bench": bench, "tree": tree,
+                "test": test, "shell": shell}
     os.makedirs(CACHE, exist_ok=True)
     sys.exit(main(commands[given.command](given)))

@@ -51,6 +51,7 @@ class Lane:
     kunit: bool = False
     control: bool = False
     icount: bool = False
+    launches: bool = False      # a Linux in a TD, see td/
     column: str = None
     row: str = None
     tests: list = field(default_factory=list)
@@ -89,7 +90,7 @@ def programs(lanes, kernel):
 
 
 def objects(kernel):
-    return os.path.join(WORK, "base" if kernel == "base" else "linux", "obj-" + kernel)
+    return os.path.join(WORK, "base" if kernel in ("base", "guest") else "linux", "obj-" + kernel)
 
 
 @dataclass
@@ -130,8 +131,14 @@ class Run:
         with open(listing, "w") as f:
             f.writelines(f"{t.name} {5 * t.seconds} {t.command}\n" for t in self.tests)
         # The headers of the series, for all kernels: who uses what is new asks for it first.
-        subprocess.run([os.path.join(TOP, "guest/initramfs"), self.initramfs, listing, os.path.join(obj, "root"),
-                        os.path.join(objects("patched"), "usr/include")], check=True)
+        roots = [os.path.join(obj, "root")]
+        if self.lane.launches:
+            roots.append(os.path.join(self.folder, "root"))
+            subprocess.run([os.path.join(TOP, "td/pack"), roots[1]], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([os.path.join(TOP, "guest/initramfs"), self.initramfs, listing,
+                        os.path.join(objects("patched"), "usr/include"), *roots], check=True)
+        if self.lane.launches:
+            shutil.rmtree(roots[1])
 
     def key(self):
         """What the result depends on."""
