@@ -122,7 +122,7 @@ class Checks:
     async def verdict(self, after):
         for task in after:
             await self.done[task]
-        runs = [r for r in self.runs if r.lane.name.startswith("td")]
+        runs = [r for r in self.runs if any(t.name == "tdx_stuck_pages_test" for t in r.lane.tests)]
         if {"td", "td-base"} <= {r.lane.name for r in runs}:
             try:
                 lines, problem = verdict_.verdict(runs)
