@@ -272,13 +272,19 @@ async def check(args):
 
 # -- the other commands
 
-async def run(args):
-    """The demonstrations: nothing in them comes from the cache."""
+async def afresh(*kernels):
+    """The lanes, with these kernels. What runs on them does not come from the cache."""
     os.environ["FORCE"] = "1"
     await prepare()
     await emulators()
     lanes = load()
-    await build(lanes, "patched")
+    await build(lanes, *kernels)
+    return lanes
+
+
+async def run(args):
+    """The demonstrations."""
+    lanes = await afresh("patched")
     demo = Run(lanes["demo"])
     await demo.run(quiet=True)
     say()
@@ -304,11 +310,7 @@ async def run(args):
 
 async def bench(args):
     """What the series costs when nothing is wrong."""
-    os.environ["FORCE"] = "1"
-    await prepare()
-    await emulators()
-    lanes = load()
-    await build(lanes, "patched", "base")
+    lanes = await afresh("patched", "base")
     start = time.monotonic()
     runs = [Run(lanes[name]) for name in ("cost-base", "cost", "cost-inplace")]
     await asyncio.gather(*(r.run(quiet=True) for r in runs))
@@ -340,11 +342,7 @@ async def follow(path, pattern):
 
 async def td(args):
     """A Linux in a TD, and a second one."""
-    os.environ["FORCE"] = "1"
-    await prepare()
-    await emulators()
-    lanes = load()
-    await build(lanes, "patched", "guest")
+    lanes = await afresh("patched", "guest")
     r = Run(lanes["td-linux"])
     shutil.rmtree(r.folder, ignore_errors=True)
     start = time.monotonic()
