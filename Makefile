@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # make run     build and boot the patched kernel, show that stuck pages are contained
 # make check   all tests; DEBUG=1 those on the debug kernel, too
-# make td      launch a Linux in a TD by QEMU, on an emulated machine without TDX
+# make td      Linux in TDs by QEMU, on an emulated machine without TDX; SEAMCALLs fail
 # make bench   what the series costs when nothing is wrong, in instructions
 # make list    kernels, lanes and tests
 # make test T=<test> [ON=<lane>] [RUNS=<n>]

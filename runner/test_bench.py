@@ -316,6 +316,27 @@ class Source(Project):
 class Verdict(Project):
     """v7.3.4 has to fail, the series must not."""
 
+    def linux(self, old, new):
+        """What the verdict finds wrong, if so many pages of a Linux TD come into wrong hands."""
+        for folder, wrong in (("old", old), ("new", new)):
+            (self.top / folder).mkdir(exist_ok=True)
+            (self.top / folder / "report").write_text("# begin linux_td_test\r\n" + "".join(
+                f"# {name}-hits 1\r\n# {name}-marked 1\r\n# {name}-wrong {wrong}\r\n"
+                for name in ("busy", "BLOCK", "TRACK", "REMOVE", "WBINVD")) + "ok 1 linux_td_test\r\n")
+        driver = textwrap.dedent("""
+            import sys, types
+            sys.path.insert(0, "runner")
+            import verdict
+            print(verdict.linux([types.SimpleNamespace(folder=name) for name in ("old", "new")])[1])
+        """)
+        (self.top / "driver.py").write_text(driver)
+        return self.sh(". ./lib.sh; exec python3 -B driver.py").stdout.strip()
+
+    def test_linux(self):
+        self.assertEqual(self.linux(2, 0), "None")
+        self.assertIn("does not test anything", self.linux(0, 0))
+        self.assertIn("wrong hands", self.linux(2, 1))
+
     def problem(self, **changes):
         """What the verdict finds wrong, in reports of which some numbers differ."""
         driver = textwrap.dedent("""

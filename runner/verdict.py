@@ -66,6 +66,38 @@ def condense_huge(lines, column):
     return [line[:19] + (column - 19) * " " + line[column:] for line in lines[:2]] + rows
 
 
+LEAVES = ("MEM.RANGE.BLOCK", "MEM.TRACK", "MEM.PAGE.REMOVE", "PHYMEM.PAGE.WBINVD")
+
+
+def linux(runs):
+    """
+    The same of a Linux in a TD that gives memory back: see td/launch. The runs are those on
+    v7.3.4 and with the series.
+    """
+    rows = [("each SEAMCALL is busy once", "busy")] + [(f"{leaf} fails", leaf.split(".")[-1]) for leaf in LEAVES]
+    names = [f"{name}-{what}" for _, name in rows for what in ("hits", "marked", "wrong")]
+    values = []
+    for run in runs:
+        found = read(run, "linux_td_test", names)
+        if not found:
+            raise Failure(f"linux_td_test did not run, see {short(run.folder)}/report")
+        values.append(found[0])
+    lines = [f"{'':40}{'v7.3.4':24}series", f"{'a Linux TD gives memory back':40}" + 2 * "poisoned  wrong hands   ".ljust(24)]
+    for text, name in rows:
+        lines.append(f"{'  and ' + text:40}" + "".join(
+            f"{v[name + '-marked']:8}  {v[name + '-wrong']:11}   " for v in values))
+    problem = None
+    for text, name in rows:
+        if not all(v[name + "-hits"] for v in values):
+            problem = f"no SEAMCALL failed where {text}: the test does not test anything"
+        # What is not written back is, when the TD ends and before anybody can get it.
+        elif not values[0][name + "-wrong"] and name not in ("busy", "WBINVD"):
+            problem = f"v7.3.4 let go of no page where {text}: the test does not test anything"
+    if any(values[1][f"{name}-wrong"] for _, name in rows):
+        problem = "a page of the Linux TD came into wrong hands"
+    return [line.rstrip() for line in lines], problem
+
+
 def verdict(runs):
     """
     The text. It is an error if v7.3.4 does not hand out a page of a TD, as then nothing was
