@@ -201,14 +201,12 @@ class Checks:
             self.add(name, self.lane(name, all_, ["build-patched", "emulators"]))
         kernel("base")
         self.add("base", self.lane("base", all_, ["build-base", "emulators"]))
-        for name, queue in (("td", one), ("td-inplace", one), ("td-smp", one), ("td-run", one), ("td-run-smp", all_),
-                            ("intel", one)):
-            self.add(name, self.lane(name, queue, ["build-patched", "emulators"]))
+        for name in ("td", "td-inplace", "td-smp", "td-run", "td-run-smp", "intel"):
+            self.add(name, self.lane(name, one, ["build-patched", "emulators"]))
         self.add("td-base", self.lane("td-base", one, ["build-base", "emulators"]))
         kernel("guest")
-        # Both queues last about as long.
-        for name, host, queue in (("td-linux", "build-patched", one), ("td-linux-base", "build-base", all_)):
-            self.add(name, self.lane(name, queue, [host, "build-guest", "emulators"]))
+        for name, host in (("td-linux", "build-patched"), ("td-linux-base", "build-base")):
+            self.add(name, self.lane(name, one, [host, "build-guest", "emulators"]))
         self.add("verdict", self.verdict("verdict", ["td", "td-base", "td-smp", "td-inplace"], verdict_.verdict))
         self.add("verdict-linux", self.verdict("verdict-linux", ["td-linux-base", "td-linux"], verdict_.linux))
         for name, kernels in (("cost", []), ("cost-inplace", []), ("cost-base", ["build-base"])):
