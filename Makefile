@@ -2,6 +2,9 @@
 # make run     build and boot the patched kernel, show that stuck pages are contained
 # make check   all tests; DEBUG=1 those on the debug kernel, too
 # make td      Linux in TDs by QEMU, on an emulated machine without TDX; SEAMCALLs fail
+# make deb     Debian packages of a kernel for hosts; CONFIG=/boot/config-... for one like it,
+#              TESTING=1 with fault injection and the TDX module in software
+# make boot-deb  a Debian with that package: the selftests, a page that is lost
 # make bench   what the series costs when nothing is wrong, in instructions
 # make list    kernels, lanes and tests
 # make test T=<test> [ON=<lane>] [RUNS=<n>]
@@ -23,9 +26,9 @@
 # BOOT_SECONDS=, STALL_SECONDS=
 #                  how long a machine may take to boot, how long it may be silent
 SHELL := bash
-export KERNEL ALL FORCE NO_INSTALL JOBS TD_ARGS QEMU BOCHS BXSHARE QEMU_ARGS BOOT_SECONDS STALL_SECONDS
+export CONFIG TESTING KERNEL ALL FORCE NO_INSTALL JOBS TD_ARGS QEMU BOCHS BXSHARE QEMU_ARGS BOOT_SECONDS STALL_SECONDS
 
-.PHONY: help run check check-debug td bench list test shell tree diff series clean distclean
+.PHONY: help run check check-debug td deb boot-deb bench list test shell tree diff series clean distclean
 
 help:
 	@sed -n '2,/^SHELL/{s/^# \{0,1\}//p}' Makefile
@@ -33,7 +36,7 @@ help:
 check:
 	@./bench check $(if $(filter-out 0,$(DEBUG)),--debug)
 
-run check-debug td bench list tree:
+run check-debug td deb boot-deb bench list tree:
 	@./bench $@
 
 test:

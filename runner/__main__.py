@@ -21,7 +21,7 @@ import cost
 import lanes as lanes_
 import machines
 import verdict as verdict_
-from lanes import Run, load, objects, programs
+from lanes import Lane, Run, load, objects, programs
 from steps import BUILD, CACHE, LOGS, TOP, TREE, WORK, Failure, main, say, short, step
 
 KERNELS = {"base": "v7.3.4 with the software TDX module", "patched": "the series, KVM as modules",
@@ -368,6 +368,54 @@ async def td(args):
     return 1 if failures else 0
 
 
+async def packages():
+    """Debian packages of a host's kernel; TESTING=1: with the parts for tests."""
+    config = os.environ.get("CONFIG")
+    text = f"configured {'as ' + config if config else 'for virtual machines'}"
+    if os.environ.get("TESTING"):
+        text += ", with all parts"
+    await step("deb", f"Debian packages, {text}", [script("kernel/deb"), *([os.path.abspath(config)] if config else [])])
+    return sorted(glob.glob(os.path.join(BUILD, "deb", "*.deb")))
+
+
+async def deb(args):
+    await prepare()
+    for path in await packages():
+        say(f"  {os.path.getsize(path) >> 20:5} MB  {short(path)}")
+    return 0
+
+
+async def boot_deb(args):
+    """A Debian with the package: the selftests, and a page that is lost, as an operator sees it."""
+    await prepare()
+    await emulators()
+    lanes = load()
+    await build(lanes, "patched")
+    image = next(path for path in await packages() if "/linux-image-" in path)
+    tests = lanes["patched-inplace"].tests
+    lane = Lane("deb", "patched", "qemu", "", ["root=/dev/vda", "rw", "kvm.gmem_in_place_conversion=1"])
+    os.makedirs(lane.folder, exist_ok=True)
+    with open(os.path.join(lane.folder, "tests"), "w") as f:
+        f.writelines(f"{t.name} {5 * t.seconds} {t.command}\n" for t in tests)
+    await step("debian", "a Debian with it", [script("guest/debian"), lane.folder, image])
+    os.environ["QEMU_ARGS"] = "-drive file=disk,format=raw,if=virtio,cache=unsafe " + os.environ.get("QEMU_ARGS", "")
+    kernel, initrd = (glob.glob(os.path.join(lane.folder, name + "-*"))[0] for name in ("vmlinuz", "initrd.img"))
+    report = []
+
+    def on_line(line):
+        if line and not line.startswith("# begin"):
+            say(f"  {line}")
+        report.append(line)
+
+    why = await machines.boot(lane, lane.folder, kernel, initrd, tests, on_line)
+    if why:
+        raise Failure(why)
+    with open(os.path.join(lane.folder, "console"), errors="replace") as f:
+        if "login:" not in f.read():
+            raise Failure("nobody could log in (see build/qemu/deb/console)")
+    return 0 if "ok" in report else 1
+
+
 async def tree(args):
     await prepare()
     return 0
@@ -449,7 +497,8 @@ def list_():
 
 def arguments():
     parser = argparse.ArgumentParser(prog="bench", description="what make calls")
-    parser.add_argument("command", choices=["run", "check", "check-debug", "td", "bench", "tree", "test", "shell", "list"])
+    parser.add_argument("command", choices=["run", "check", "check-debug", "td", "deb", "boot-deb", "bench", "tree",
+                                            "test", "shell", "list"])
     parser.add_argument("--debug", action="store_true", help="the debug kernel, too")
     parser.add_argument("--test", help="which test")
     parser.add_argument("--on", help="on which lane")
@@ -464,7 +513,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         sys.exit(list_())
     given.debug |= given.command == "check-debug"
-    commands = {"run": run, "check": check, "check-debug": check, "td": td, "bench": bench, "tree": tree,
+    commands = {"run": run, "check": check, "check-debug": check, "td": td, "deb": deb, "boot-deb": boot_deb, "bench": bench, "tree": tree,
                 "test": test, "shell": shell}
     os.makedirs(CACHE, exist_ok=True)
     sys.exit(main(commands[given.command](given)))
