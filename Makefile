@@ -2,6 +2,7 @@
 # make run     build and boot the patched kernel, show that stuck pages are contained
 # make check   all tests; DEBUG=1 those on the debug kernel, too
 # make td      Linux in TDs by QEMU, on an emulated machine without TDX; SEAMCALLs fail
+#              OVMF=1: one TD by Debian's OVMF instead; OVMF=<file>: by that one
 # make deb     Debian packages of a kernel for hosts; CONFIG=/boot/config-... for one like it,
 #              TESTING=1 with fault injection and the TDX module in software
 # make boot-deb  a Debian with that package: the selftests, a page that is lost
@@ -26,7 +27,7 @@
 # BOOT_SECONDS=, STALL_SECONDS=
 #                  how long a machine may take to boot, how long it may be silent
 SHELL := bash
-export CONFIG TESTING KERNEL ALL FORCE NO_INSTALL JOBS TD_ARGS QEMU BOCHS BXSHARE QEMU_ARGS BOOT_SECONDS STALL_SECONDS
+export CONFIG TESTING OVMF KERNEL ALL FORCE NO_INSTALL JOBS TD_ARGS QEMU BOCHS BXSHARE QEMU_ARGS BOOT_SECONDS STALL_SECONDS
 
 .PHONY: help run check check-debug td deb boot-deb bench list test shell tree diff series clean distclean
 
