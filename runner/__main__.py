@@ -418,7 +418,8 @@ async def boot_deb(args):
     image = next(path for path in await packages() if "/linux-image-" in path)
     tests = lanes["patched-inplace"].tests
     lane = Lane("deb", "patched", "qemu", "", ["root=/dev/vda", "rw", "kvm.gmem_in_place_conversion=1"])
-    os.makedirs(lane.folder, exist_ok=True)
+    shutil.rmtree(lane.folder, ignore_errors=True)
+    os.makedirs(lane.folder)
     with open(os.path.join(lane.folder, "tests"), "w") as f:
         f.writelines(f"{t.name} {5 * t.seconds} {t.command}\n" for t in tests)
     await step("debian", "a Debian with it", [script("guest/debian"), lane.folder, image])
