@@ -345,7 +345,7 @@ async def follow(path, pattern):
 class WithoutCet(machines.Bochs):
     """
     A supervisor that clears CR0.WP may write to read-only pages, and OVMF does. Bochs 3.0
-    panics there if the CPU has CET, which sees no dirty bit in such a page.
+    panics there if the CPU has CET, as such a page must not become dirty then.
     """
     def __init__(self, *args):
         super().__init__(*args)
@@ -396,7 +396,7 @@ async def packages():
     """Debian packages of a host's kernel; TESTING=1: with the parts for tests."""
     config = os.environ.get("CONFIG")
     text = f"configured {'as ' + config if config else 'for virtual machines'}"
-    if os.environ.get("TESTING"):
+    if os.environ.get("TESTING", "0") not in ("", "0"):
         text += ", with all parts"
     await step("deb", f"Debian packages, {text}", [script("kernel/deb"), *([os.path.abspath(config)] if config else [])])
     return sorted(glob.glob(os.path.join(BUILD, "deb", "*.deb")))
@@ -540,7 +540,7 @@ if __name__ == "__main__":
     given.debug |= given.command == "check-debug"
     if given.command != "td":
         os.environ.pop("OVMF", None)
-    commands = {"run": run, "check": check, "check-debug": check, "td": td, "deb": deb, "boot-deb": boot_deb, "bench": bench, "tree": tree,
-                "test": test, "shell": shell}
+    commands = {"run": run, "check": check, "check-debug": check, "td": td, "deb": deb, "boot-deb": boot_deb,
+                "bench": bench, "tree": tree, "test": test, "shell": shell}
     os.makedirs(CACHE, exist_ok=True)
     sys.exit(main(commands[given.command](given)))
