@@ -19,6 +19,7 @@
 #include <sys/ioctl.h>
 #include <sys/klog.h>
 #include <sys/mman.h>
+#include <sys/sysinfo.h>
 #include <unistd.h>
 #include <linux/falloc.h>
 #include <linux/kvm.h>
@@ -247,6 +248,40 @@ static void faults(uint64_t size)
 	end_vm(vm);
 }
 
+/* Pages that are not free. */
+static long used(void)
+{
+	struct sysinfo info;
+
+	check(sysinfo(&info));
+	return (long)((info.totalram - info.freeram) * info.mem_unit);
+}
+
+/* How much memory one conversion takes meanwhile, and when it is done. */
+static void peaks(uint64_t size)
+{
+	struct vm *vm = new_vm(size, true, 0);
+	long before, most, now;
+
+	guest(vm, 0, size);
+	most = before = used();
+#define step(what) do { what; now = used(); if (now > most) most = now; } while (0)
+	step(set_attributes(vm, 0, size, 0));
+	if (!vm->in_place)
+		step(punch(vm, 0, size));
+	step(host(vm, 0, size));
+	printf("cost peak,to-shared %lu %ld\n", size, most - before);
+
+	most = before = used();
+	step(set_attributes(vm, 0, size, PRIVATE));
+	if (!vm->in_place)
+		step(check(madvise(vm->host, size, MADV_DONTNEED)));
+	step(guest(vm, 0, size));
+#undef step
+	printf("cost peak,to-private %lu %ld\n", size, most - before);
+	end_vm(vm);
+}
+
 /* Until the other side has touched the memory. What a VMM does: give the old copy back. */
 static void conversions(uint64_t size)
 {
@@ -339,22 +374,37 @@ static void write_number(const char *path, unsigned long n)
 }
 
 #define FAIL_ZAP	"/sys/kernel/debug/fail_guest_memfd_zap/"
+#define FAIL_RECLAIM	"/sys/kernel/debug/fail_guest_memfd_reclaim/"
 
-/* Of 2 MiB that the guest has mapped, let the zap of @nr pages fail. */
-static void marks(bool huge, int nr)
+/*
+ * Of 2 MiB that the guest has mapped, let the zap of @nr pages fail, and if @again let
+ * them get stuck once more when the file is closed.
+ */
+static void marks(bool huge, int nr, bool again)
 {
 	struct vm *vm = new_vm(2 * HUGE, true, huge ? GUEST_MEMFD_FLAG_HUGEPAGE : 0);
+	const char *as = huge ? "2M:" : "4K:";
 	char name[32];
 
 	guest(vm, 0, HUGE);
+	munmap(vm->host, 2 * HUGE);
 	write_number(FAIL_ZAP "verbose", 0);
 	write_number(FAIL_ZAP "first-gfn", BASE / PAGE);
 	write_number(FAIL_ZAP "last-gfn", BASE / PAGE + nr - 1);
 	write_number(FAIL_ZAP "times", nr);
 	write_number(FAIL_ZAP "probability", nr ? 100 : 0);
 	snprintf(name, sizeof(name), "zap,%d-stuck", nr);
-	measure_as(huge ? "2M:" : "4K:", name, slot(vm, 0));
+	measure_as(as, name, slot(vm, 0));
 	write_number(FAIL_ZAP "probability", 0);
+	if (nr) {
+		write_number(FAIL_RECLAIM "verbose", 0);
+		write_number(FAIL_RECLAIM "first-index", 0);
+		write_number(FAIL_RECLAIM "last-index", HUGE / PAGE - 1);
+		write_number(FAIL_RECLAIM "times", nr);
+		write_number(FAIL_RECLAIM "probability", again ? 100 : 0);
+		measure_as(as, again ? "close,again" : "close,stuck", (close(vm->gmem), vm->gmem = -1));
+		write_number(FAIL_RECLAIM "probability", 0);
+	}
 	end_vm(vm);
 }
 
@@ -376,6 +426,7 @@ int main(void)
 		}
 		print(sizes[i]);
 	}
+	peaks(16 * MiB);
 	print_inode_size();
 
 	if (!(ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_HUGEPAGE))
@@ -392,8 +443,8 @@ int main(void)
 	if (!access(FAIL_ZAP "probability", W_OK)) {
 		klogctl(8, NULL, 1);	/* messages cost more than marking */
 		for (int huge = 0; huge < 2; huge++)
-			for (int i = 0; i < 2; i++)
-				marks(huge, (int[]){ 0, 512 }[i]);
+			for (int i = 0; i < 3; i++)
+				marks(huge, i ? 512 : 0, i == 2);
 		klogctl(8, NULL, 7);
 	}
 	print(HUGE);

@@ -205,10 +205,9 @@ class Checks:
             self.add(name, self.lane(name, one, ["build-patched", "emulators"]))
         self.add("td-base", self.lane("td-base", one, ["build-base", "emulators"]))
         kernel("guest")
-        for name, host in (("td-linux", "build-patched"), ("td-linux-base", "build-base")):
-            self.add(name, self.lane(name, one, [host, "build-guest", "emulators"]))
+        for name in ("td-linux", "td-ovmf"):
+            self.add(name, self.lane(name, one, ["build-patched", "build-guest", "emulators"]))
         self.add("verdict", self.verdict("verdict", ["td", "td-base", "td-smp", "td-inplace"], verdict_.verdict))
-        self.add("verdict-linux", self.verdict("verdict-linux", ["td-linux-base", "td-linux"], verdict_.linux))
         for name, kernels in (("cost", []), ("cost-inplace", []), ("cost-base", ["build-base"])):
             self.add(name, self.lane(name, one, ["build-patched", *kernels, "emulators"]))
         self.add("costs", self.costs(["cost", "cost-inplace", "cost-base"]))
@@ -228,9 +227,8 @@ class Checks:
         say()
         for line in lanes_.table(self.runs):
             say(line)
-        for name in ("verdict", "verdict-linux"):
-            with contextlib.suppress(FileNotFoundError), open(os.path.join(BUILD, name)) as f:
-                say("\n" + f.read().rstrip())
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(BUILD, "verdict")) as f:
+            say("\n" + f.read().rstrip())
         say("\n" + "\n".join(self.cost))
         say(f"\nQEMU {machines.version('qemu')}, Bochs {machines.version('bochs')}; {time.monotonic() - start:.0f} s; "
             f"every case: {short(BUILD)}/report.ktap and .json")
@@ -322,7 +320,8 @@ async def bench(args):
     values, lines, too_much = cost.report(runs)
     say("\n" + "\n".join([*lines, "", *cost.sizes(values, objects)]))
     drawn = cost.draw()
-    say(f"\n{time.monotonic() - start:.0f} s; {short(BUILD)}/cost.csv{drawn}")
+    say(f"\n{time.monotonic() - start:.0f} s; {short(BUILD)}/cost.csv{drawn}; function by function: "
+        f"{short(BUILD)}/bloat")
     for line in too_much:
         say(f"too much: {line}")
     return 1 if too_much else 0
@@ -342,20 +341,6 @@ async def follow(path, pattern):
         await asyncio.sleep(0.5)
 
 
-class WithoutCet(machines.Bochs):
-    """
-    A supervisor that clears CR0.WP may write to read-only pages, and OVMF does. Bochs 3.0
-    panics there if the CPU has CET, as such a page must not become dirty then.
-    """
-    def __init__(self, *args):
-        super().__init__(*args)
-        path = os.path.join(self.folder, "bochsrc")
-        with open(path) as f:
-            text = f.read()
-        with open(path, "w") as f:
-            f.write(text.replace("cpu: ", "cpu: exclude_features=cet, "))
-
-
 async def td(args):
     """
     A Linux in TDs that run, or give memory back while SEAMCALLs fail; with OVMF= one TD,
@@ -364,12 +349,15 @@ async def td(args):
     ovmf = os.environ.get("OVMF") or "0"
     if ovmf not in ("0", "1") and not os.path.isfile(ovmf):
         raise Failure(f"OVMF={ovmf}: there is no such file; OVMF=1 is Debian's")
-    lanes = await afresh("patched", "base", "guest")
-    runs = [Run(lanes[name]) for name in ("td-linux-base", "td-linux")]
-    new = runs[1]
-    if ovmf != "0":
-        machines.MACHINES["bochs"] = WithoutCet
-        runs = [new]
+    if ovmf == "0":
+        lanes = await afresh("patched", "base", "guest")
+        # With all TDs, not only those of make check.
+        runs = [Run(lane, [dataclasses.replace(test, command=test.program) for test in lane.tests])
+                for lane in (lanes["td-linux-base"], lanes["td-linux"])]
+    else:
+        lanes = await afresh("patched", "guest")
+        runs = [Run(lanes["td-ovmf"])]
+    new = runs[-1]
     shutil.rmtree(new.folder, ignore_errors=True)
     start = time.monotonic()
     side = asyncio.ensure_future(follow(os.path.join(new.folder, "console"), "tdstub: |td: |lane: |guest_memfd: "))

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 
-from steps import BUILD, Failure, short
+from steps import BUILD, TREE, Failure, short
 
 # What a healthy guest pays for, and may cost that much more than on v7.3.4.
 GATED = ("pre-fault,absent", "pre-fault,present", "guest-fault,absent", "guest-fault,present", "punch")
@@ -43,13 +43,22 @@ FOLIOS = {
     "poisoned,256": " ... all 256 are",
     "zap,0-stuck": "memslot deletion",
     "zap,512-stuck": " ... all pages get stuck",
+    "close,stuck": "last close, all pages are stuck",
+    "close,again": " ... and firmware keeps them again",
+}
+
+
+# More than before, at the most.
+PEAKS = {
+    "peak,to-shared": "16 MiB become shared (in place)",
+    "peak,to-private": "16 MiB become private (in place)",
 }
 
 
 def read(run):
     """Instructions, by operation and size."""
     with open(os.path.join(run.folder, "report"), errors="replace") as f:
-        found = re.findall(r"^\s*# cost (\S+) (\d+) (\d+)\r?$", f.read(), re.M)
+        found = re.findall(r"^\s*# cost (\S+) (\d+) (-?\d+)\r?$", f.read(), re.M)
     if not found:
         raise Failure(f"nothing was counted, see {short(run.folder)}/report")
     return {(name, int(size)): int(n) for name, size, n in found}
@@ -92,11 +101,17 @@ def sizes(values, obj):
     yield f"{'bytes':38} {'v7.3.4':>10} {'series':>10}"
     old, new = (values[name]["inode", 0] for name in ("cost-base", "cost"))
     yield f"{'inode of a guest_memfd':38} {old:10} {new:10} {new - old:+7}"
-    for name in ("virt/kvm/guest_memfd.o", "arch/x86/kvm/vmx/tdx.o", "mm/memory-failure.o", "mm/huge_memory.o",
-                 "mm/memory.o", "mm/page_alloc.o"):
-        old, new = (int(subprocess.run(["size", os.path.join(obj(kernel), name)], check=True, capture_output=True,
-                                       text=True).stdout.split("\n")[1].split()[3]) for kernel in ("base", "patched"))
-        yield f"{name:38} {old:10} {new:10} {new - old:+7}"
+    for name, text in PEAKS.items():
+        old, new = (values[lane][name, 16 << 20] for lane in ("cost-base", "cost-inplace"))
+        yield f"{text:38} {old:10} {new:10} {new - old:+7}"
+    with open(os.path.join(BUILD, "bloat"), "w") as bloat:
+        for name in ("virt/kvm/guest_memfd.o", "arch/x86/kvm/vmx/tdx.o", "mm/memory-failure.o", "mm/huge_memory.o",
+                     "mm/memory.o", "mm/page_alloc.o"):
+            files = [os.path.join(obj(kernel), name) for kernel in ("base", "patched")]
+            old, new = (int(subprocess.run(["size", f], check=True, capture_output=True,
+                                           text=True).stdout.split("\n")[1].split()[3]) for f in files)
+            yield f"{name:38} {old:10} {new:10} {new - old:+7}"
+            subprocess.run([os.path.join(TREE, "scripts/bloat-o-meter"), *files], check=True, stdout=bloat)
 
 
 def report(runs):

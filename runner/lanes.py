@@ -51,7 +51,7 @@ class Lane:
     kunit: bool = False
     control: bool = False
     icount: bool = False
-    launches: bool = False      # a Linux in a TD, see td/
+    launches: str = None        # a Linux in a TD, see td/: by the "stub", or by "ovmf"
     column: str = None
     row: str = None
     tests: list = field(default_factory=list)
@@ -134,7 +134,9 @@ class Run:
         roots = [os.path.join(obj, "root")]
         if self.lane.launches:
             roots.append(os.path.join(self.folder, "root"))
-            subprocess.run([os.path.join(TOP, "td/pack"), roots[1]], check=True, stdout=subprocess.DEVNULL)
+            ovmf = (os.environ.get("OVMF") or "1") if self.lane.launches == "ovmf" else "0"
+            subprocess.run([os.path.join(TOP, "td/pack"), roots[1]], check=True, stdout=subprocess.DEVNULL,
+                           env=dict(os.environ, OVMF=ovmf))
         subprocess.run([os.path.join(TOP, "guest/initramfs"), self.initramfs, listing,
                         os.path.join(objects("patched"), "usr/include"), *roots], check=True)
         if self.lane.launches:

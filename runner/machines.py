@@ -145,9 +145,12 @@ class Bochs:
                         "-b", "isolinux.bin", "-c", "boot.cat", "-no-emul-boot", "-boot-load-size", "4",
                         "-boot-info-table", iso], check=True, capture_output=True)
         shutil.rmtree(iso)
+        # A supervisor that clears CR0.WP may write to read-only pages, and OVMF does. 3.0 panics
+        # there if the CPU has CET, as such a page must not become dirty then.
+        cet = "exclude_features=cet, " if lane.launches == "ovmf" else ""
         with open(os.path.join(folder, "bochsrc"), "w") as f:
             f.write(f"""memory: guest=1536, host=1536
-cpu: model=tigerlake, count={lane.cpus or 1}, ips=200000000, ignore_bad_msrs=1, reset_on_triple_fault=0
+cpu: model=tigerlake, count={lane.cpus or 1}, {cet}ips=200000000, ignore_bad_msrs=1, reset_on_triple_fault=0
 clock: sync=none
 romimage: file={share}/BIOS-bochs-latest
 vgaromimage: file={share}/VGABIOS-lgpl-latest
