@@ -5,21 +5,21 @@
 #              OVMF=1: one TD by Debian's OVMF instead; OVMF=<file>: by that one
 # make deb     Debian packages of a kernel for hosts; CONFIG=/boot/config-... for one like it,
 #              TESTING=1 with fault injection and the TDX module in software
-# make boot-deb  a Debian with that package: the selftests, a page that is lost
+# make boot-deb  the same, and a Debian that boots it: the selftests, a page that is lost
 # make bench   what the series costs when nothing is wrong, in instructions
 # make list    kernels, lanes and tests
 # make test T=<test> [ON=<lane>] [RUNS=<n>]
 #              a test, or with ON alone a lane, as often as you like; T="<test> <arguments>"
-# make shell [ON=<lane>]
-#              a shell on the patched kernel, in QEMU
+# make shell [ON=<lane on QEMU>]
+#              a shell on that kernel, or the patched one
 # make tree    lay out build/linux from patches/
 # make diff    what build/linux has that patches/ has not, as git range-diff
-# make series  write patches/ from the commits in build/linux
-# make clean   remove build/, not the cache; make distclean: the cache, too
+# make series  write patches/ from the commits in build/linux; DROP=1 if they are fewer now
+# make clean   remove build/, and what make series has not written; make distclean: the cache, too
 #
 # KERNEL=PATH      a kernel tree or tarball of your own instead of Debian's v7.3.4
 # ALL=1            with check: tests in all combinations, not only the telling ones
-# FORCE=1          do not trust results that are kept in the cache
+# FORCE=1          run tests again that passed before (not builds, single patches, checkpatch)
 # NO_INSTALL=1     do not install Debian packages
 # JOBS=N           how many compilers at once
 # TD_ARGS="..."    with td: more arguments for the Linux in the TD
