@@ -201,7 +201,7 @@ class Checks:
                                          ["true"] if own_emulators() else [script("emulators/get")], one))
 
         kernel("patched")
-        for name in ("patched-kunit", "patched", "patched-inplace"):
+        for name in ("patched-kunit", "patched-shadow", "patched", "patched-inplace"):
             self.add(name, self.lane(name, all_, ["build-patched", "emulators"]))
         kernel("base")
         self.add("base", self.lane("base", all_, ["build-base", "emulators"]))
