@@ -387,7 +387,6 @@ static void marks(bool huge, int nr, bool again)
 	char name[32];
 
 	guest(vm, 0, HUGE);
-	munmap(vm->host, 2 * HUGE);
 	write_number(FAIL_ZAP "verbose", 0);
 	write_number(FAIL_ZAP "first-gfn", BASE / PAGE);
 	write_number(FAIL_ZAP "last-gfn", BASE / PAGE + nr - 1);
@@ -396,6 +395,8 @@ static void marks(bool huge, int nr, bool again)
 	snprintf(name, sizeof(name), "zap,%d-stuck", nr);
 	measure_as(as, name, slot(vm, 0));
 	write_number(FAIL_ZAP "probability", 0);
+	/* Not before, as that zaps what the guest has mapped. */
+	munmap(vm->host, 2 * HUGE);
 	if (nr) {
 		write_number(FAIL_RECLAIM "verbose", 0);
 		write_number(FAIL_RECLAIM "first-index", 0);
