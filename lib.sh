@@ -12,8 +12,8 @@ clean_environment() {
 	author=$(git config user.name) || author=$(id -un)
 	email=$(git config user.email) || email=$author@localhost
 	# shellcheck disable=SC2046
-	unset $(git rev-parse --local-env-vars) ARCH CROSS_COMPILE LLVM CC LD \
-		MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES DEBUG V W C O M
+	unset $(git rev-parse --local-env-vars) ARCH CROSS_COMPILE LLVM CC LD HOSTCC LOCALVERSION \
+		EXTRA_CFLAGS CPATH C_INCLUDE_PATH LIBRARY_PATH SPHINXOPTS MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES DEBUG V W C O M
 	for name in $(compgen -e); do
 		case $name in
 		KBUILD_* | KCFLAGS | KCPPFLAGS | KAFLAGS | CFLAGS | LDFLAGS | KCONFIG_* | CCACHE_* | GIT_* | QUILT_*)

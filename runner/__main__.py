@@ -136,7 +136,7 @@ class Checks:
                     raise Failure(problem)
                 self.passed += 1
                 return True
-            except Failure as e:
+            except (Failure, OSError, KeyError) as e:
                 self.failures.append(f"{name}: {e}")
         return False
 
@@ -146,7 +146,7 @@ class Checks:
             return False
         try:
             _, self.cost, too_much = cost.report([r for r in self.runs if r.lane.icount])
-        except Failure as e:
+        except (Failure, OSError, KeyError) as e:
             too_much = [e]
         self.failures += [f"costs: {line}" for line in too_much]
         self.passed += not too_much
@@ -165,7 +165,7 @@ class Checks:
     async def run(self, debug):
         for folder in ("qemu", "bochs"):
             shutil.rmtree(os.path.join(BUILD, folder), ignore_errors=True)
-        for f in glob.glob(os.path.join(BUILD, "report.*")):
+        for f in [*glob.glob(os.path.join(BUILD, "report.*")), *glob.glob(os.path.join(BUILD, "verdict"))]:
             os.remove(f)
         self.plan(debug)
         try:
@@ -215,7 +215,7 @@ class Checks:
         for name, kernels in (("cost", []), ("cost-inplace", []), ("cost-base", ["build-base"])):
             self.add(name, self.lane(name, one, ["build-patched", *kernels, "emulators"]))
         self.add("costs", self.costs(["cost", "cost-inplace", "cost-base"]))
-        tree = lambda name: lambda: [script(f"checks/{name}"), tree_id()]
+        tree = lambda name: lambda: [script(f"checks/{name}"), script("lib.sh"), *sorted(glob.glob(script("kernel/*"))), built()]
         check("sparse", "sparse on touched files, against the base", one, ["build-patched", "build-base"], tree("sparse"))
         check("docs", "documentation of touched files", one, ["build-patched", "build-base"], tree("docs"))
         if debug:
@@ -250,9 +250,11 @@ def is_shell(path):
     return bool(re.match(r"#!.*sh\b", head)) or "shell=" in head
 
 
-def tree_id():
-    return subprocess.run(["git", "-C", TREE, "rev-parse", "HEAD^{tree}", "base^{tree}"], check=True,
-                          capture_output=True, text=True).stdout
+def built():
+    """What sparse and Sphinx look at, and which they are."""
+    commands = [["git", "-C", os.path.join(WORK, name), "rev-parse", "HEAD^{tree}"] for name in ("linux", "base")]
+    commands += [["git", "-C", TREE, "rev-parse", "base^{tree}"], ["sparse", "--version"], ["sphinx-build", "--version"]]
+    return "".join(subprocess.run(command, check=True, capture_output=True, text=True).stdout for command in commands)
 
 
 def digest(inputs):
@@ -453,6 +455,8 @@ def choose(lanes, args):
     if not found:
         raise Failure(f"there is no test {name}, but: {' '.join(names)}")
     lane = lanes[args.on or (found[0].lanes + found[0].also)[0]]
+    if lane.kunit:
+        raise Failure(f"{lane.name} is for KUnit, which runs as it boots: ON={lane.name} without a test")
     test = dataclasses.replace(next((t for t in lane.tests if t.name == name), found[0]))
     if len(words) > 1:
         test.command = shlex.join([test.program, *words[1:]])

@@ -77,6 +77,9 @@ def load(every=None):
             if name not in lanes:
                 raise Failure(f"lanes.toml: {test.command} names the lane {name}, which there is not")
             if name in test.lanes or every:
+                # Results go by the name.
+                if test.name in (other.name for other in lanes[name].tests):
+                    raise Failure(f"lanes.toml: {test.name} is in the lane {name} twice")
                 lanes[name].tests.append(test)
     return lanes
 
@@ -132,13 +135,16 @@ class Run:
             f.writelines(f"{t.name} {5 * t.seconds} {t.command}\n" for t in self.tests)
         # The headers of the series, for all kernels: who uses what is new asks for it first.
         roots = [os.path.join(obj, "root")]
-        if self.lane.launches:
-            roots.append(os.path.join(self.folder, "root"))
-            ovmf = (os.environ.get("OVMF") or "1") if self.lane.launches == "ovmf" else "0"
-            subprocess.run([os.path.join(TOP, "td/pack"), roots[1]], check=True, stdout=subprocess.DEVNULL,
-                           env=dict(os.environ, OVMF=ovmf))
-        subprocess.run([os.path.join(TOP, "guest/initramfs"), self.initramfs, listing,
-                        os.path.join(objects("patched"), "usr/include"), *roots], check=True)
+        try:
+            if self.lane.launches:
+                roots.append(os.path.join(self.folder, "root"))
+                ovmf = (os.environ.get("OVMF") or "1") if self.lane.launches == "ovmf" else "0"
+                subprocess.run([os.path.join(TOP, "td/pack"), roots[1]], check=True, stdout=subprocess.DEVNULL,
+                               env=dict(os.environ, OVMF=ovmf))
+            subprocess.run([os.path.join(TOP, "guest/initramfs"), self.initramfs, listing,
+                            os.path.join(objects("patched"), "usr/include"), *roots], check=True)
+        except subprocess.CalledProcessError as e:
+            raise Failure(f"{short(e.cmd[0])} failed, see above") from e
         if self.lane.launches:
             shutil.rmtree(roots[1])
 
@@ -149,7 +155,8 @@ class Run:
         for path in (self.kernel, self.initramfs, os.path.join(here, "machines.py"), os.path.join(here, "lanes.py")):
             with open(path, "rb") as f:
                 digest.update(hashlib.file_digest(f, "sha256").digest())
-        digest.update(repr((self.lane, machines.version(self.lane.machine), os.environ.get("QEMU_ARGS"))).encode())
+        digest.update(repr((self.lane, machines.identity(self.lane.machine), os.environ.get("QEMU_ARGS"),
+                            os.environ.get("BXSHARE"))).encode())
         return digest.hexdigest()[:20]
 
     async def run(self, quiet=False, keep=True):
@@ -176,8 +183,11 @@ class Run:
             how = "as before" if self.cached else f"{time.monotonic() - start:5.0f} s"
             say(f"{self.lane.text:60} {how}" + ("" if self.passed else "   FAILED"))
         if keep and self.passed and not self.cached:
-            shutil.rmtree(kept, ignore_errors=True)
-            shutil.copytree(self.folder, kept)
+            # Half of it must not look like all of it.
+            for path in (kept, kept + ".part"):
+                shutil.rmtree(path, ignore_errors=True)
+            shutil.copytree(self.folder, kept + ".part")
+            os.rename(kept + ".part", kept)
             others = sorted(glob.glob(os.path.join(glob.escape(WORK), "passed", self.lane.name + "-" + 20 * "?")),
                             key=os.path.getmtime)
             for old in others[:-4]:
@@ -228,17 +238,22 @@ class Run:
                 result.state, result.text = "FAIL", "its report is not whole"
 
     def read_kunit(self, console):
-        for suite in parse(console):
+        whole = parse(console)
+        for suite in whole:
             for test in suite.subtests:
                 cases = test.subtests or [test]
                 result = Result(f"{suite.name}.{test.name}", "ok", f"{len(cases)} cases")
                 result.cases = [(case.name, status(case), "") for case in cases]
                 bad = [name for name, state, _ in result.cases if state != "ok"]
-                if bad:
-                    result.state, result.text = "FAIL", bad[0]
+                if bad or status(test) != "ok":
+                    result.state, result.text = "FAIL", bad[0] if bad else "failed, but no case of it"
                 self.results.append(result)
-        if not self.results:
-            self.results.append(Result("KUnit", "FAIL", "no test ran"))
+            # Its init or exit may fail.
+            if not suite.subtests or (status(suite) != "ok" and all(status(t) == "ok" for t in suite.subtests)):
+                self.results.append(Result(suite.name, "FAIL", "the suite failed, but no test in it"))
+        plan = next((int(m[1]) for m in (re.search(r"(?:^|\] )1\.\.(\d+)$", line) for line in console) if m), 0)
+        if not self.results or len(whole) != plan:
+            self.results.append(Result("KUnit", "FAIL", f"{len(whole)} suites of {plan} ran"))
 
     def read_splats(self, console):
         splats = {test.name: test.splats for test in self.tests}
@@ -268,6 +283,8 @@ class Run:
     @property
     def passed(self):
         """A control only has to get to its end: whether it fails as it should, the verdict says."""
+        if not self.results:
+            return False
         if self.lane.control:
             return not self.died and all(r.state != "not run" for r in self.results)
         return not self.died and not self.splats and all(r.state == "ok" for r in self.results)

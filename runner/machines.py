@@ -45,6 +45,15 @@ def version(machine):
     return found[1] if found else own
 
 
+def identity(machine):
+    """What makes another emulator of it: of the user's own the file, too."""
+    own = os.environ.get(machine.upper())
+    if not own:
+        return version(machine)
+    stat = os.stat(shutil.which(own) or own)
+    return f"{version(machine)} {stat.st_size} {stat.st_mtime_ns}"
+
+
 class Qemu:
     """An AMD machine. What asks for a reset stops it, so that it can be looked at."""
     wall_per_guest_second = 1
@@ -208,20 +217,25 @@ async def boot(lane, folder, kernel, initramfs, tests, on_line):
     waiting_for = "the first test"
     with open(os.path.join(folder, "emulator"), "w") as output, \
          open(os.path.join(folder, "report"), errors="replace") as report:
+        def take(end=""):
+            """What is new in the report, in whole lines."""
+            nonlocal done, rest, waiting_for, deadline
+            *lines, rest = (rest + report.read() + end).split("\n")
+            for line in lines:
+                line = line.rstrip("\r")
+                on_line(line)
+                done = done or line == "# done"
+                if line.startswith("# begin "):
+                    waiting_for = line.split()[2]
+                    deadline = time.monotonic() + limits.get(waiting_for, BOOT_SECONDS)
+
         process = Process(machine.argv, output, machine.env, folder)
         try:
             waiter = asyncio.ensure_future(process.wait())
             asked = changed = time.monotonic()
             while True:
                 over = waiter.done()
-                *lines, rest = (rest + report.read()).split("\n")
-                for line in lines:
-                    line = line.rstrip("\r")
-                    on_line(line)
-                    done = done or line == "# done"
-                    if line.startswith("# begin "):
-                        waiting_for = line.split()[2]
-                        deadline = time.monotonic() + limits.get(waiting_for, BOOT_SECONDS)
+                take()
                 now = time.monotonic()
                 sizes = [os.path.getsize(os.path.join(folder, f)) for f in ("console", "report")]
                 if sizes != size:
@@ -233,6 +247,8 @@ async def boot(lane, folder, kernel, initramfs, tests, on_line):
                 if now - asked > 1:
                     asked = now
                     if await machine.stopped():
+                        # It may have come to its end since.
+                        take()
                         if not done:
                             why = "the machine was reset"
                             await machine.autopsy()
@@ -245,9 +261,7 @@ async def boot(lane, folder, kernel, initramfs, tests, on_line):
                     break
                 await asyncio.sleep(0.1)
             # What came at last.
-            for line in (rest + report.read()).split("\n"):
-                on_line(line.rstrip("\r"))
-                done = done or line.rstrip("\r") == "# done"
+            take("\n")
         finally:
             await process.end()
             machine.close()

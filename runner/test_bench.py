@@ -4,6 +4,8 @@ The bench itself: it must not say yes where it should say no, and must leave not
 No kernel and no emulator is needed: a project of its own in a temporary folder, a few files
 in place of a kernel, and a shell script in place of QEMU.
 """
+import fcntl
+import glob
 import json
 import os
 import pathlib
@@ -79,11 +81,18 @@ class Lanes(Project):
         (obj / "root/kselftest").mkdir(parents=True)
         (self.top / "build/linux").symlink_to(TREE)
 
+    def stub(self, script):
+        """The same emulator each time, whatever it plays."""
+        stub = self.dir / "stub"
+        if not stub.exists():
+            stub.write_text(f"#!/bin/bash\n[ \"$1\" != --version ] || exit\n. '{self.dir}/script'\n")
+            stub.chmod(0o755)
+        (self.dir / "script").write_text(script)
+        return stub
+
     def boot(self, script, **env):
         """Run the lane on a machine that this script plays; its answer, and all that it said."""
-        stub = self.dir / "stub"
-        stub.write_text("#!/bin/bash\n[ \"$1\" != --version ] || exit\n" + script)
-        stub.chmod(0o755)
+        stub = self.stub(script)
         driver = textwrap.dedent("""
             import asyncio, json, sys
             sys.path.insert(0, "runner")
@@ -163,15 +172,107 @@ class Lanes(Project):
         self.assertTrue(self.boot("exit 1"))
         self.assertTrue(self.cached)
         self.assertFalse(self.boot("exit 1", FORCE="1"))
-        (self.work / "linux/obj-patched/arch/x86/boot/bzImage").write_text("another kernel")
-        self.assertTrue(self.boot(good))
-        self.assertFalse(self.cached, "another kernel, and the old result")
+        lanes = self.top / "lanes.toml"
+        stub = self.dir / "stub"
+        for what, change in (
+                ("kernel", lambda: (self.work / "linux/obj-patched/arch/x86/boot/bzImage").write_text("another")),
+                ("modules", lambda: (self.work / "linux/obj-patched/root/module").write_text("another")),
+                ("parameters", lambda: lanes.write_text(LANES.replace("column", 'parameters = ["quiet"]\ncolumn'))),
+                ("emulator's version", lambda: stub.write_text(stub.read_text().replace("|| exit", "|| { echo version 2; exit; }"))),
+                ("emulator", lambda: os.utime(stub))):
+            change()
+            self.assertTrue(self.boot(good))
+            self.assertFalse(self.cached, f"another {what}, and the old result")
+            self.assertTrue(self.boot("exit 1"))
+            self.assertTrue(self.cached)
+
+    def test_it_has_to_say_that_it_is_done(self):
+        self.assertFalse(self.boot(self.says(HEAD + FIRST + SECOND)))
+        self.assertFalse(self.boot(self.says(HEAD + FIRST + SECOND + DONE, then="exit 1")))
+
+    def test_a_failure_is_not_tried_again(self):
+        again = "echo >> ../../../count; [ $(wc -l < ../../../count) = 2 ] || exit\n"
+        self.assertFalse(self.boot(again + self.says(HEAD + FIRST + SECOND + DONE)))
+        self.assertEqual((self.top / "count").read_text(), "\n")
+
+    def test_a_reset_leaves_a_corpse(self):
+        monitor = textwrap.dedent("""
+            import re, socket, sys
+            with socket.socket(socket.AF_UNIX) as s:
+                s.bind(re.search("path=([^,]*)", " ".join(sys.argv))[1])
+                s.listen()
+                while True:
+                    with s.accept()[0] as c, c.makefile() as f:
+                        c.sendall(b"(qemu) ")
+                        for line in f:
+                            if line == "quit\\n":
+                                sys.exit()
+                            c.sendall(b"VM status: paused (shutdown)\\n(qemu) ")
+        """)
+        (self.dir / "monitor.py").write_text(monitor)
+        before = set(glob.glob("/tmp/stuck-*"))
+        play = f"exec python3 -B '{self.dir}/monitor.py' \"$@\""
+        self.assertFalse(self.boot(self.says(HEAD + FIRST, then=play)))
+        self.assertIn("the machine was reset", self.failures)
+        self.assertIn("info lapic 0", (self.top / "build/qemu/stub/registers").read_text())
+        self.assertEqual(set(glob.glob("/tmp/stuck-*")) - before, set())
+        # One that ended is no corpse.
+        self.assertTrue(self.boot(self.says(HEAD + FIRST + SECOND + DONE, then=play)), self.failures)
+
+    def test_one_program_twice(self):
+        lanes = self.top / "lanes.toml"
+        lanes.write_text(LANES.replace("kvm/second_test", "kvm/first_test -x"))
+        with self.assertRaises(AssertionError) as said:
+            self.boot("exit 1")
+        self.assertIn("first_test is in the lane stub twice", str(said.exception))
+
+    def kunit(self, console):
+        """The states that are read from a console."""
+        (self.top / "console").write_text(console)
+        driver = textwrap.dedent("""
+            import sys
+            sys.path.insert(0, "runner")
+            import lanes
+            run = lanes.Run(lanes.load()["stub"])
+            with open("console") as f:
+                run.read_kunit(f.read().split("\\n"))
+            print(*(r.state for r in run.results))
+        """)
+        (self.top / "driver.py").write_text(driver)
+        return self.ok(". ./lib.sh; exec python3 -B driver.py").split()
+
+    def test_kunit(self):
+        head = "[ 1.0] KTAP version 1\n[ 1.0] 1..2\n"
+        suite = "[ 1.0]     KTAP version 1\n[ 1.0]     # Subtest: {0}\n[ 1.0]     1..1\n[ 1.0]     ok 1 a\n[ 1.0] ok {1} {0}\n"
+        one, two = suite.format("one", 1), suite.format("two", 2)
+        self.assertEqual(self.kunit(head + one + two), ["ok", "ok"])
+        for console in ("", head + one, head + one + "[ 1.0] not ok 2 two\n", head + one + two.replace("ok 1 a", "not ok 1 a"),
+                        head + one + two.replace("] ok 2", "] not ok 2"),
+                        head + one + two.replace("ok 1 a", "ok 1 a # SKIP needs two CPUs")):
+            self.assertIn("FAIL", self.kunit(console), console)
+
+    def test_names_that_there_are_not(self):
+        for arguments, said in (("--test none_test", "no test none_test"), ("--test first_test --on none", "no lane none"),
+                                ("", "say which test")):
+            self.assertIn(said, self.sh(f". ./lib.sh; cd runner; exec python3 -B . test {arguments}").stderr)
+        lanes = self.top / "lanes.toml"
+        lanes.write_text(LANES.replace('column = "patched"', "kunit = true"))
+        self.assertIn("is for KUnit", self.sh(". ./lib.sh; cd runner; exec python3 -B . test --test first_test").stderr)
+
+    def test_one_at_a_time(self):
+        self.ok(". ./lib.sh; true")
+        lock = self.dir / "cache/stuck-pages/lock"
+        with open(lock, "w") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            print("process 4711, since noon", file=f, flush=True)
+            with subprocess.Popen(["bash", "-c", ". ./lib.sh; cd runner; exec python3 -B . tree"], cwd=self.top, env=self.env,
+                                  text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as p:
+                self.assertIn("process 4711", p.stdout.readline())
+                p.kill()
 
     def test_nothing_is_left_after_a_signal(self):
         self.boot(self.says(HEAD + FIRST + SECOND + DONE))
-        stub = self.dir / "stub"
-        stub.write_text("#!/bin/bash\n[ \"$1\" != --version ] || exit\n"
-                        "trap '' TERM HUP INT\necho $$ > ../../../pid\nwhile :; do sleep 0.1; done\n")
+        stub = self.stub("trap '' TERM HUP INT\necho $$ > ../../../pid\nwhile :; do sleep 0.1; done\n")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL):
             (self.top / "pid").unlink(missing_ok=True)
             with subprocess.Popen(["bash", "-c", ". ./lib.sh; exec python3 -B driver.py"], cwd=self.top, text=True,
@@ -272,6 +373,19 @@ class Source(Project):
         self.assertIn("leaving it as it is", self.tree().stderr)
         self.assertIn("six", (self.top / "build/linux/virt/kvm/guest_memfd.c").read_text())
 
+    def test_branches_of_ones_own_stay(self):
+        changed = "# changed\n" + (self.top / "patches/series").read_text()
+        self.ok("cd build/linux; git checkout -qb mine; git commit -q --allow-empty -m x; git checkout -q series")
+        (self.top / "patches/series").write_text(changed)
+        self.assertIn("branches or stashes", self.tree().stderr)
+        self.ok("cd build/linux; git branch -D mine; echo six >> virt/kvm/guest_memfd.c; git stash")
+        self.assertIn("branches or stashes", self.tree().stderr)
+        self.ok("cd build/linux; git stash drop")
+        self.sh("cd build/linux; git rebase -q -x false HEAD~1")
+        self.assertIn("in the middle", self.tree().stderr)
+        self.ok("cd build/linux; git rebase --abort")
+        self.assertNotIn("leaving it", self.tree().stderr)
+
     def test_another_kernel_is_another_kernel(self):
         other = self.dir / "other"
         self.make_kernel(other)
@@ -303,9 +417,11 @@ class Source(Project):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.ok("source/export", KERNEL=str(self.kernel))
         self.assertEqual(self.patches(), before)
-        said = self.ok(". ./lib.sh; env", ARCH="arm64", MAKEFLAGS="DEBUG=1", DEBUG="1", KBUILD_VERBOSE="1", LLVM="1")
-        for name in ("ARCH", "MAKEFLAGS", "DEBUG", "KBUILD_VERBOSE", "LLVM"):
-            self.assertNotIn(f"\n{name}=", said)
+        names = ("ARCH CROSS_COMPILE LLVM CC LD HOSTCC LOCALVERSION EXTRA_CFLAGS CPATH SPHINXOPTS MAKEFLAGS MFLAGS MAKELEVEL "
+                 "MAKEOVERRIDES DEBUG V W C O M KBUILD_VERBOSE KCFLAGS CCACHE_DISABLE QUILT_PATCHES GIT_DIR").split()
+        said = "\n" + self.ok(". ./lib.sh; env", **{name: "x" for name in names})
+        for name in names:
+            self.assertNotIn(f"\n{name}=x", said)
 
     def test_without_home(self):
         env = dict(self.env)
@@ -347,8 +463,8 @@ class Verdict(Project):
                                               for name in ("td-base", "td", "td-inplace")])
             print(problem, *lines, sep="\\n")
         """)
-        numbers = {"injected": 4, "stuck": 4, "marked": 4, "freed": 0, "handed-out": 0, "handed-out-dirty": 0, "given-twice": 0,
-                   "lost-tdr": 1}
+        numbers = {"injected": 4, "stuck": 4, "marked": 4, "freed": 0, "handed-out": 0, "handed-out-dirty": 0, "written": 0,
+                   "given-twice": 0, "lost-tdr": 1}
         base = {"marked": 0, "freed": 4, "handed-out": 3, "violations": 2}
         table = "  # table\n  # head\n  # head\n  # table end\n"
         for lane in "td-base", "td", "td-inplace":
@@ -377,7 +493,8 @@ class Verdict(Project):
 
     def test_the_series_fails(self):
         self.assertIn("(lane td)", self.problem(**{"td:tdx_fail_each_test": {"violations": 1}})[0])
-        self.assertIn("(lane td-inplace, 2M)", self.problem(**{"td-inplace:tdx_stuck_hugepages_test": {"freed": 1}})[0])
+        for what in "freed", "handed-out", "handed-out-dirty", "written", "given-twice":
+            self.assertIn("(lane td-inplace, 2M)", self.problem(**{"td-inplace:tdx_stuck_hugepages_test": {what: 1}})[0], what)
         self.assertIn("not each page", self.problem(**{"td-inplace:tdx_stuck_hugepages_test": {"marked": 3}})[0])
 
 

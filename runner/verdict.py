@@ -11,6 +11,7 @@ ROWS = (("SEAMCALLs that failed", "injected"),
         ("times such a page was freed", "freed"),
         ("times a page that a TD owns was allocated", "handed-out"),
         ("times a page with dirty private lines was allocated", "handed-out-dirty"),
+        ("times the host wrote to a page that a TD owns", "written"),
         ("times a TD was to get a page that a TD owns", "given-twice"))
 
 
@@ -145,7 +146,7 @@ def verdict(runs):
     for name, v in values.items():
         if name == "td-base":
             continue
-        if any(v[what] for what in ("freed", "handed-out", "handed-out-dirty", "given-twice")):
+        if any(v[what] for what in ("freed", "handed-out", "handed-out-dirty", "written", "given-twice")):
             problem = f"the patched kernel let go of a page of a TD (lane {name})"
         elif v["marked"] != v["stuck"]:
             problem = f"not each page that got stuck is marked, or others are (lane {name})"
