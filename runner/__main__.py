@@ -88,7 +88,11 @@ class Checks:
         if not await self.wait(after, name):
             return False
         async with queue:
-            kept = inputs and os.path.join(WORK, "passed", f"{name}-{digest(inputs())}")
+            try:
+                kept = inputs and os.path.join(WORK, "passed", f"{name}-{digest(inputs())}")
+            except (OSError, subprocess.CalledProcessError) as e:
+                self.failures.append(f"{name}: {e}")
+                return False
             if kept and os.path.exists(kept) and os.environ.get("FORCE", "0") in ("", "0"):
                 say(f"{text:60} as before")
                 self.passed += 1
@@ -115,7 +119,7 @@ class Checks:
             self.runs.append(run)
             try:
                 await run.run()
-            except Failure as e:
+            except (Failure, OSError) as e:
                 self.failures.append(f"{name}: {e}")
                 return False
             self.passed += sum(r.state == "ok" for r in run.results)
