@@ -34,7 +34,9 @@ def script(name):
 
 
 async def prepare():
-    """The source, and build/linux."""
+    """The source, and build/linux. What cannot work is said before anything takes long."""
+    for name in machines.MACHINES:
+        machines.emulator(name.upper(), name)
     await step("fetch", "the source of the base", [script("source/fetch")])
     await step("tree", "the work tree build/linux, from patches/", [script("source/tree")])
     notice()
@@ -83,8 +85,13 @@ class Checks:
         self.runs = []
         self.cost = []
 
-    async def check(self, name, text, argv, queue, after=(), inputs=None):
-        """One check, one count. Nothing is tried again whose inputs are those it passed with."""
+    async def check(self, name, text, argv, queue, after=(), inputs=None, behind=()):
+        """
+        One check, one count, after others passed and behind others whether they pass or not.
+        Nothing is tried again whose inputs are those it passed with.
+        """
+        for other in behind:
+            await self.done[other]
         if not await self.wait(after, name):
             return False
         async with queue:
@@ -182,8 +189,8 @@ class Checks:
     def plan(self, debug):
         one, all_ = self.narrow, self.wide
 
-        def check(name, text, queue, after=(), inputs=None, argv=None):
-            self.add(name, self.check(name, text, argv or [script(f"checks/{name}")], queue, after, inputs))
+        def check(name, text, queue, after=(), inputs=None, argv=None, behind=()):
+            self.add(name, self.check(name, text, argv or [script(f"checks/{name}")], queue, after, inputs, behind))
 
         def kernel(name):
             check(f"build-{name}", f"building {KERNELS[name]}", all_,
@@ -226,7 +233,9 @@ class Checks:
             kernel("debug")
             for name in ("debug-kunit", "debug", "debug-inplace"):
                 self.add(name, self.lane(name, all_, ["build-debug", "emulators"]))
-        check("patches", "each patch builds, KVM=y and KVM=m, W=1", all_)
+        # It takes longest, and what fails should show early.
+        check("patches", "each patch builds, KVM=y and KVM=m, W=1", all_, behind=[
+            name for name in self.done if name in self.lanes and self.lanes[name].machine == "qemu"])
 
     def report(self, start):
         order = list(self.lanes)

@@ -259,6 +259,9 @@ class Lanes(Project):
         lanes.write_text(LANES.replace('column = "patched"', "kunit = true"))
         self.assertIn("is for KUnit", self.sh(". ./lib.sh; cd runner; exec python3 -B . test --test first_test").stderr)
 
+    def test_an_emulator_that_is_not_there(self):
+        self.assertIn("BOCHS=/none is not a program", self.sh(". ./lib.sh; cd runner; exec python3 -B . tree", BOCHS="/none").stderr)
+
     def test_one_at_a_time(self):
         self.ok(". ./lib.sh; true")
         lock = self.dir / "cache/stuck-pages/lock"
