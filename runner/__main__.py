@@ -233,6 +233,8 @@ class Checks:
             kernel("debug")
             for name in ("debug-kunit", "debug", "debug-inplace"):
                 self.add(name, self.lane(name, all_, ["build-debug", "emulators"]))
+            for name in ("debug-td", "debug-td-run"):
+                self.add(name, self.lane(name, one, ["build-debug", "emulators"]))
         # It takes longest, and what fails should show early.
         check("patches", "each patch builds, KVM=y and KVM=m, W=1", all_, behind=[
             name for name in self.done if name in self.lanes and self.lanes[name].machine == "qemu"])

@@ -27,9 +27,10 @@ def emulator(name, program):
     """How to call an emulator: the user's, or Debian's by its own loader and libraries."""
     own = os.environ.get(name)
     if own:
-        if not shutil.which(own):
+        path = shutil.which(own)
+        if not path:
             raise Failure(f"{name}={own} is not a program")
-        return [own]
+        return [os.path.abspath(path)]
     return [f"{ROOT}/lib64/ld-linux-x86-64.so.2", "--library-path", f"{ROOT}/usr/lib/x86_64-linux-gnu",
             f"{ROOT}/usr/bin/{program}"]
 
@@ -107,7 +108,7 @@ class Qemu:
         with open(os.path.join(self.folder, "registers"), "w") as f:
             f.write(await self.ask("info registers -a", "info lapic 0", "info lapic 1"))
         vmcore = os.path.join(self.folder, "vmcore")
-        await self.ask(f"dump-guest-memory -z {vmcore}", seconds=120)
+        await self.ask(f'dump-guest-memory -z "{vmcore}"', seconds=120)
         # Both processors say where they are, if they still can.
         await self.ask("nmi")
         await asyncio.sleep(3)

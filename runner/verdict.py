@@ -15,7 +15,7 @@ ROWS = (("SEAMCALLs that failed", "injected"),
         ("times a TD was to get a page that a TD owns", "given-twice"))
 
 
-LIVES = (("TDs of which one SEAMCALL failed, each another one", "lives"),
+LIVES = (("TDs of which one SEAMCALL failed", "lives"),
          ("of these, with a page in wrong hands", "violations"))
 
 
