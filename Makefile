@@ -14,7 +14,7 @@
 #              a shell on that kernel, or the patched one
 # make tree    lay out build/linux from patches/
 # make diff    what build/linux has that patches/ has not, as git range-diff
-# make series  write patches/ from the commits in build/linux; DROP=1 if they are fewer now
+# make series  write patches/ from the commits in build/linux; DROP=1 if something is to go
 # make clean   remove build/, and what make series has not written; make distclean: the cache, too
 #
 # KERNEL=PATH      a kernel tree or tarball of your own instead of Debian's v7.3.4
@@ -27,7 +27,7 @@
 # BOOT_SECONDS=, STALL_SECONDS=
 #                  how long a machine may take to boot, how long it may be silent
 SHELL := bash
-export CONFIG TESTING OVMF KERNEL ALL FORCE NO_INSTALL JOBS TD_ARGS QEMU BOCHS BXSHARE QEMU_ARGS BOOT_SECONDS STALL_SECONDS
+export T ON RUNS CONFIG TESTING OVMF KERNEL ALL FORCE NO_INSTALL JOBS TD_ARGS QEMU BOCHS BXSHARE QEMU_ARGS BOOT_SECONDS STALL_SECONDS
 
 .PHONY: help run check check-debug td deb boot-deb bench list test shell tree diff series clean distclean
 
@@ -41,10 +41,10 @@ run check-debug td deb boot-deb bench list tree:
 	@./bench $@
 
 test:
-	@./bench test --test '$(T)' $(if $(ON),--on $(ON)) $(if $(RUNS),--runs $(RUNS))
+	@./bench test --test "$$T" --on "$$ON" --runs "$${RUNS:-1}"
 
 shell:
-	@./bench shell $(if $(ON),--on $(ON))
+	@./bench shell --on "$$ON"
 
 diff:
 	@source/diff

@@ -31,14 +31,19 @@ clean_environment() {
 say() { printf '%s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
 
+# Not a folder somewhere in another repository.
+is_git() { [ "$(git -C "$1" rev-parse --show-toplevel 2> /dev/null)" = "$(realpath -- "$1")" ]; }
+
 # own_kernel: what KERNEL names, as it is now. A git tree is taken with what is not
 # committed in it, but without what git does not know.
 own_kernel() {
 	local commit
 	[ -e "$KERNEL" ] || die "KERNEL=$KERNEL: there is no such tree or tarball"
+	[ -f "$KERNEL" ] || [ -f "$KERNEL"/virt/kvm/guest_memfd.c ] ||
+		die "KERNEL=$KERNEL: no kernel with guest_memfd is in there"
 	if [ -f "$KERNEL" ]; then
 		stat -c '%n %s %Y' -- "$(realpath -- "$KERNEL")"
-	elif git -C "$KERNEL" rev-parse -q --verify HEAD > /dev/null 2>&1; then
+	elif is_git "$KERNEL"; then
 		commit=$(git -C "$KERNEL" -c user.name=x -c user.email=x stash create)
 		git -C "$KERNEL" rev-parse "${commit:-HEAD}^{tree}"
 	else

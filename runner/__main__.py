@@ -126,7 +126,7 @@ class Checks:
             self.runs.append(run)
             try:
                 await run.run()
-            except (Failure, OSError) as e:
+            except (Failure, OSError, subprocess.CalledProcessError) as e:
                 self.failures.append(f"{name}: {e}")
                 return False
             self.passed += sum(r.state == "ok" for r in run.results)
@@ -174,6 +174,12 @@ class Checks:
         self.done[name] = asyncio.ensure_future(coroutine)
 
     async def run(self, debug):
+        # Evidence of what is rare.
+        for core in glob.glob(os.path.join(BUILD, "qemu", "*", "vmcore")):
+            folder = os.path.dirname(core)
+            kept = os.path.join(BUILD, "died", time.strftime("%m%d-%H%M%S-") + os.path.basename(folder))
+            os.makedirs(os.path.dirname(kept), exist_ok=True)
+            os.rename(folder, kept)
         for folder in ("qemu", "bochs"):
             shutil.rmtree(os.path.join(BUILD, folder), ignore_errors=True)
         for f in [*glob.glob(os.path.join(BUILD, "report.*")), *glob.glob(os.path.join(BUILD, "verdict"))]:
@@ -220,7 +226,8 @@ class Checks:
             self.add(name, self.lane(name, one, ["build-patched", "emulators"]))
         self.add("td-base", self.lane("td-base", one, ["build-base", "emulators"]))
         kernel("guest")
-        for name in ("td-linux", "td-ovmf"):
+        # OVMF comes with Debian's emulators.
+        for name in ("td-linux",) + (() if own_emulators() else ("td-ovmf",)):
             self.add(name, self.lane(name, one, ["build-patched", "build-guest", "emulators"]))
         self.add("verdict", self.verdict("verdict", ["td", "td-base", "td-smp", "td-inplace"], verdict_.verdict))
         for name, kernels in (("cost", []), ("cost-inplace", []), ("cost-base", ["build-base"])):
@@ -362,15 +369,19 @@ async def follow(path, pattern):
         await asyncio.sleep(0.5)
 
 
+def check_ovmf():
+    ovmf = os.environ.get("OVMF") or "0"
+    if ovmf not in ("0", "1") and not os.path.isfile(ovmf):
+        raise Failure(f"OVMF={ovmf}: there is no such file; OVMF=1 is Debian's")
+    return ovmf
+
+
 async def td(args):
     """
     A Linux in TDs that run, or give memory back while SEAMCALLs fail; with OVMF= one TD,
     by that firmware.
     """
-    ovmf = os.environ.get("OVMF") or "0"
-    if ovmf not in ("0", "1") and not os.path.isfile(ovmf):
-        raise Failure(f"OVMF={ovmf}: there is no such file; OVMF=1 is Debian's")
-    if ovmf == "0":
+    if check_ovmf() == "0":
         lanes = await afresh("patched", "base", "guest")
         # With all TDs, not only those of make check.
         runs = [Run(lane, [dataclasses.replace(test, command=test.program) for test in lane.tests])
@@ -391,7 +402,7 @@ async def td(args):
         for name, state, _ in result.cases:
             say(f"{state:5} {name}")
     failures = [line for r in runs for line in r.failures()]
-    if ovmf == "0" and all(r.passed for r in runs):
+    if check_ovmf() == "0" and all(r.passed for r in runs):
         lines, problem = verdict_.linux(runs)
         say("\n" + "\n".join(lines))
         failures += [problem] if problem else []
@@ -420,6 +431,8 @@ async def deb(args):
 
 async def boot_deb(args):
     """A Debian with the package: the selftests, and a page that is lost, as an operator sees it."""
+    if os.geteuid():
+        raise Failure("make boot-deb makes the root of a Debian, which takes root")
     await prepare()
     await emulators()
     lanes = load()
@@ -470,6 +483,9 @@ def choose(lanes, args):
     if not found:
         raise Failure(f"there is no test {name}, but: {' '.join(names)}")
     lane = lanes[args.on or (found[0].lanes + found[0].also)[0]]
+    if not found[0].program.startswith("./") and found[0].program not in programs(lanes, lane.kernel):
+        raise Failure(f"{name} is not built with the kernel {lane.kernel}, but is in the lanes: "
+                      + " ".join(other.name for other in lanes.values() if name in (t.name for t in other.tests)))
     if lane.kunit:
         raise Failure(f"{lane.name} is for KUnit, which runs as it boots: ON={lane.name} without a test")
     test = dataclasses.replace(next((t for t in lane.tests if t.name == name), found[0]))
@@ -480,8 +496,11 @@ def choose(lanes, args):
 
 async def test(args):
     """Some tests on a lane, as often as wanted."""
+    if args.runs < 1:
+        raise Failure(f"RUNS={args.runs}: at least one")
     lanes = load(every=bool(args.test) or None)
     lane, tests = choose(lanes, args)
+    check_ovmf()
     await prepare()
     await emulators()
     await build(lanes, lane.kernel, *(["patched"] if lane.icount else []), *(["guest"] if lane.launches else []))
@@ -493,9 +512,11 @@ async def test(args):
         await r.run(keep=False)
         for line in r.failures():
             say(f"failed: {line}")
-        bad += not r.passed
+        # A control passes if its tests fail, but here it is they that are asked for.
+        passed = r.passed and all(result.state == "ok" for result in r.results)
+        bad += not passed
         if args.runs > 1:
-            say(f"{i + 1} of {args.runs}: {'ok' if r.passed else 'FAILED'} (see {short(folder)})")
+            say(f"{i + 1} of {args.runs}: {'ok' if passed else 'FAILED'} (see {short(folder)})")
         elif args.test:
             with open(os.path.join(folder, "report"), errors="replace") as f:
                 say(f.read().rstrip())
@@ -504,11 +525,12 @@ async def test(args):
 
 
 async def shell(args):
-    await prepare()
     lanes = load()
     lane = lanes.get(args.on or "patched")
-    if not lane:
-        raise Failure(f"there is no lane {args.on}, but: {' '.join(lanes)}")
+    if not lane or lane.machine != "qemu":
+        raise Failure(f"there is no lane {args.on} with a console, but: "
+                      + " ".join(other.name for other in lanes.values() if other.machine == "qemu"))
+    await prepare()
     await emulators()
     await build(lanes, lane.kernel)
     say(f"kernel with symbols: {objects(lane.kernel)}/vmlinux; QEMU_ARGS='-s -S' waits for gdb")
@@ -549,7 +571,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         sys.exit(list_())
     given.debug |= given.command == "check-debug"
-    if given.command != "td":
+    if given.command not in ("td", "test"):
         os.environ.pop("OVMF", None)
     commands = {"run": run, "check": check, "check-debug": check, "td": td, "deb": deb, "boot-deb": boot_deb,
                 "bench": bench, "tree": tree, "test": test, "shell": shell}

@@ -74,7 +74,7 @@ def reason(log):
     with open(log, errors="replace") as f:
         lines = f.read().splitlines() or ["it said nothing"]
     for line in lines:
-        if re.search(r"error: |Error |\*\*\*|No space left", line):
+        if re.search(r"error: |Error |\*\*\* \S|No space left", line):
             return line.split("error: ", 1)[-1].strip()
     return lines[-1].strip()
 
