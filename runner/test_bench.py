@@ -366,6 +366,59 @@ class Source(Project):
         self.ok("source/export", KERNEL=str(self.kernel), DROP="1")
         self.assertEqual(len(self.patches()), 5)
 
+    def test_export_refuses_fewer_parts(self):
+        before = self.patches()
+        self.ok("cd build/linux; git rebase -q --no-keep-empty --onto HEAD~2 HEAD~1; echo six >> virt/kvm/guest_memfd.c; "
+                "git commit -qam Six")
+        self.assertIn("1 cover letters", self.sh("source/export", KERNEL=str(self.kernel)).stderr)
+        self.assertEqual(self.patches(), before)
+
+    def test_export_refuses_to_take_back_what_was_pulled(self):
+        self.ok("cd build/linux; echo six >> virt/kvm/guest_memfd.c; git commit -qam Six")
+        (self.top / "patches/one/pulled").write_text("x")
+        before = self.patches()
+        self.assertIn("git pull", self.sh("source/export", KERNEL=str(self.kernel)).stderr)
+        self.assertEqual(self.patches(), before)
+        self.ok("source/export", KERNEL=str(self.kernel), DROP="1")
+        self.assertNotIn("patches/one/pulled", self.patches())
+
+    def test_a_repair_of_patches_stays(self):
+        part = self.top / "build/linux.part"
+        patch = next((self.top / "patches/two").glob("0001-*"))
+        patch.write_text(patch.read_text().replace("\n four", "\n 4"))
+        self.assertIn("does not apply", self.tree().stderr)
+        # Nobody has repaired anything yet.
+        self.assertIn("does not apply", self.tree().stderr)
+        self.ok("cd build/linux.part; echo five >> virt/kvm/guest_memfd.c; git add -A")
+        self.assertIn("a repair in it", self.tree().stderr)
+        # As it says.
+        self.ok("cd build/linux.part; git config user.name me; git config user.email me@localhost; "
+                "git am --continue --empty=keep")
+        self.assertIn("a repair in it", self.tree().stderr)
+        shutil.rmtree(self.top / "build/linux")
+        part.rename(self.top / "build/linux")
+        self.ok("source/export", KERNEL=str(self.kernel))
+        self.assertIn("\n four", next((self.top / "patches/two").glob("0001-*")).read_text())
+
+    def test_what_make_tree_has_not_laid_out_stays(self):
+        linux = self.top / "build/linux"
+        shutil.rmtree(linux)
+        linux.mkdir()
+        (linux / ".git").write_text("gitdir: elsewhere")
+        self.assertIn("move it away", self.tree().stderr)
+        self.assertIn("not laid it out", self.sh("source/export", KERNEL=str(self.kernel)).stderr)
+        self.assertTrue((linux / ".git").exists())
+
+    def test_what_was_written_and_taken_back_stays(self):
+        shutil.copytree(self.top / "patches", self.top / "before")
+        self.ok("cd build/linux; echo six >> virt/kvm/guest_memfd.c; git commit -qam Six")
+        self.ok("source/export", KERNEL=str(self.kernel))
+        shutil.rmtree(self.top / "patches")
+        (self.top / "before").rename(self.top / "patches")
+        self.assertIn("refs/previous", self.tree().stderr)
+        self.assertNotIn("six", (self.top / "build/linux/virt/kvm/guest_memfd.c").read_text())
+        self.assertIn("six", self.ok("cd build/linux; git show refs/previous:virt/kvm/guest_memfd.c"))
+
     def test_export_refuses_in_the_middle_of_a_rebase(self):
         self.sh("cd build/linux; git rebase -q -x false HEAD~1")
         self.assertIn("in the middle", self.sh("source/export", KERNEL=str(self.kernel)).stderr)
