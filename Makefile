@@ -15,7 +15,7 @@
 # make tree    lay out build/linux from patches/
 # make diff    what build/linux has that patches/ has not, as git range-diff
 # make series  write patches/ from the commits in build/linux; DROP=1 if something is to go
-# make clean   remove build/, and what make series has not written; make distclean: the cache, too
+# make clean   remove build/ (FORCE=1: and what make series has not written); make distclean: the cache, too
 #
 # KERNEL=PATH      a kernel tree or tarball of your own instead of Debian's v7.3.4
 # ALL=1            with check: tests in all combinations, not only the telling ones
@@ -53,6 +53,10 @@ series:
 	@source/export
 
 clean:
+	@! [ -d build/linux/.git ] || [ -n "$(FORCE)" ] || { \
+		[ -z "$$(git -C build/linux status --porcelain)" ] && \
+		[ "$$(git -C build/linux rev-parse HEAD)" = "$$(sed -n 1p build/linux/.git/laid-out)" ]; } || \
+		{ echo "error: build/linux has work that make series has not written: make series, or FORCE=1" >&2; exit 1; }
 	rm -rf build
 
 distclean: clean
