@@ -53,10 +53,11 @@ series:
 	@source/export
 
 clean:
-	@! [ -d build/linux/.git ] || [ -n "$(FORCE)" ] || { \
+	@! [ -d build/linux/.git ] || [ -n "$(filter-out 0,$(FORCE))" ] || { \
 		[ -z "$$(git -C build/linux status --porcelain)" ] && \
+		[ -z "$$(git -C build/linux rev-list -n 1 --branches --glob='refs/stas[h]' --not HEAD)" ] && \
 		[ "$$(git -C build/linux rev-parse HEAD)" = "$$(sed -n 1p build/linux/.git/laid-out)" ]; } || \
-		{ echo "error: build/linux has work that make series has not written: make series, or FORCE=1" >&2; exit 1; }
+		{ echo "error: build/linux has changes, commits or branches that are not in patches/: make series, or FORCE=1" >&2; exit 1; }
 	rm -rf build
 
 distclean: clean
