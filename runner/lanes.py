@@ -258,27 +258,30 @@ class Run:
     def read_splats(self, console):
         splats = {test.name: test.splats for test in self.tests}
         test = "boot"
-        for line in console:
+        around = []
+        for i, line in enumerate(console):
             match = re.search(r"lane: (begin|end) (\S+)", line)
             if match:
                 test = match[2]
             announced = splats.get(test)
             if SPLAT.search(line) and not (announced and re.search(announced, line)):
                 self.splats.append(f"{test}: {line.strip()}")
+                around += console[i:i + 60] if len(self.splats) <= 2 else []
         path = os.path.join(self.folder, "splats")
         with open(path, "w") as f:
             f.writelines(line + "\n" for line in self.splats)
-        if self.splats:
-            self.decode(console)
+        # Only this kernel knows of lines, and to find them takes ten seconds for each splat.
+        if self.splats and self.lane.kernel == "debug":
+            self.decode(around)
 
-    def decode(self, console):
-        """Functions and offsets become files and lines, where the kernel has them."""
+    def decode(self, lines):
+        """Functions and offsets become files and lines."""
         obj = objects(self.lane.kernel)
         tool = os.path.join(TREE, "scripts/decode_stacktrace.sh")
         if os.path.exists(tool) and os.path.exists(os.path.join(obj, "vmlinux")):
-            with open(os.path.join(self.folder, "console.decoded"), "w") as out:
+            with open(os.path.join(self.folder, "splats.decoded"), "w") as out:
                 subprocess.run([tool, os.path.join(obj, "vmlinux"), "auto", os.path.join(obj, "root")], check=False,
-                               input="\n".join(console), stdout=out, stderr=subprocess.DEVNULL, text=True)
+                               input="\n".join(lines), stdout=out, stderr=subprocess.DEVNULL, text=True)
 
     @property
     def passed(self):
