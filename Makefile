@@ -23,7 +23,8 @@
 # NO_INSTALL=1     do not install Debian packages
 # JOBS=N           how many compilers at once
 # TD_ARGS="..."    with td: more arguments for the Linux in the TD
-# QEMU=, BOCHS=    emulators of your own; QEMU_ARGS= more arguments for QEMU
+# QEMU=, BOCHS=    emulators of your own (BXSHARE= where that Bochs has its BIOS); QEMU_ARGS=
+#                  more arguments for QEMU
 # BOOT_SECONDS=, STALL_SECONDS=
 #                  how long a machine may take to boot, how long it may be silent
 SHELL := bash
@@ -53,12 +54,7 @@ series:
 	@source/export
 
 clean:
-	@! [ -d build/linux/.git ] || [ -n "$(filter-out 0,$(FORCE))" ] || { \
-		[ -z "$$(git -C build/linux status --porcelain)" ] && \
-		[ -z "$$(git -C build/linux rev-list -n 1 --branches --glob='refs/stas[h]' --not HEAD)" ] && \
-		[ "$$(git -C build/linux rev-parse HEAD)" = "$$(sed -n 1p build/linux/.git/laid-out)" ]; } || \
-		{ echo "error: build/linux has changes, commits or branches that are not in patches/: make series, or FORCE=1" >&2; exit 1; }
-	rm -rf build
+	@source/clean
 
-distclean: clean
-	@. ./lib.sh; du -sh "$$CACHE"; rm -rf "$$CACHE"
+distclean:
+	@source/clean cache

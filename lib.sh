@@ -34,6 +34,27 @@ die() { say "error: $*"; exit 1; }
 # Not a folder somewhere in another repository.
 is_git() { [ "$(git -C "$1" rev-parse --show-toplevel 2> /dev/null)" = "$(realpath -- "$1")" ]; }
 
+# own_work TREE: what is in a work tree and in no other place; nothing if it is as it was laid out.
+own_work() {
+	local git=$1/.git
+	[ -e "$1" ] || return 0
+	if [ ! -d "$git" ]; then
+		echo "no folder .git, and is not by make tree"
+	elif [[ $1 = *.part ]]; then
+		# Half a tree must not look like somebody's work, and a repair be no half of a tree.
+		[ ! -f "$git"/stopped ] || [ "$(cat "$git"/stopped)" = "$(stopped "$1")" ] || echo "a repair in it"
+	elif [ -d "$git"/rebase-apply ] || [ -d "$git"/rebase-merge ]; then
+		echo "a git am or git rebase in the middle"
+	elif [ -n "$(git -C "$1" status --porcelain)" ]; then
+		echo "changes that are not committed"
+	elif [ "$(sed -n 1p "$git"/laid-out 2> /dev/null)" != "$(git -C "$1" rev-parse HEAD)" ]; then
+		echo "commits of its own"
+	elif [ -n "$(git -C "$1" rev-list -n 1 --branches --tags --glob='refs/stas[h]' --not HEAD)" ]; then
+		echo "branches, tags or stashes of its own"
+	fi
+}
+stopped() { git -C "$1" rev-parse HEAD && git -C "$1" status --porcelain; }
+
 # own_kernel: what KERNEL names, as it is now. A git tree is taken with what is not
 # committed in it, but without what git does not know.
 own_kernel() {

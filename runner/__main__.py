@@ -174,14 +174,8 @@ class Checks:
         self.done[name] = asyncio.ensure_future(coroutine)
 
     async def run(self, debug):
-        # Evidence of what is rare.
-        for core in glob.glob(os.path.join(BUILD, "qemu", "*", "vmcore")):
-            folder = os.path.dirname(core)
-            kept = os.path.join(BUILD, "died", time.strftime("%m%d-%H%M%S-") + os.path.basename(folder))
-            os.makedirs(os.path.dirname(kept), exist_ok=True)
-            os.rename(folder, kept)
-        for folder in ("qemu", "bochs"):
-            shutil.rmtree(os.path.join(BUILD, folder), ignore_errors=True)
+        for folder in glob.glob(os.path.join(BUILD, "qemu", "*")) + [os.path.join(BUILD, "bochs")]:
+            lanes_.remove(folder)
         for f in [*glob.glob(os.path.join(BUILD, "report.*")), *glob.glob(os.path.join(BUILD, "verdict"))]:
             os.remove(f)
         self.plan(debug)
@@ -205,7 +199,8 @@ class Checks:
         shells = [f for pattern in ("lib.sh", "bench", ".ci/run", "*/*") for f in glob.glob(os.path.join(TOP, pattern))
                   if os.path.isfile(f) and is_shell(f)]
         check("bench", "the bench itself, with stubs", one, inputs=lambda: [
-            script("lib.sh"), *sorted(f for d in ("runner", "source", "guest") for f in glob.glob(script(f"{d}/*")))],
+            script("lib.sh"), *sorted(f for d in ("runner", "source", "guest") for f in glob.glob(script(f"{d}/*"))),
+            script("checks/round-trip")],
               argv=[sys.executable, "-B", "-m", "unittest", "discover", "-s", script("runner")])
         # SC1091, SC2164: lib.sh is found at run time, and sets -e.
         check("shellcheck", f"shellcheck of {len(shells)} scripts", one,
@@ -435,6 +430,11 @@ async def boot_deb(args):
     """A Debian with the package: the selftests, and a page that is lost, as an operator sees it."""
     if os.geteuid():
         raise Failure("make boot-deb makes the root of a Debian, which takes root")
+    config, testing = os.environ.get("CONFIG"), os.environ.get("TESTING", "0") not in ("", "0")
+    if config and not testing and os.path.isfile(config):
+        with open(config) as f:
+            if "CONFIG_KVM_SW_PROTECTED_VM=y\n" not in f:
+                raise Failure(f"CONFIG={config} has no KVM_SW_PROTECTED_VM, which the selftests take: TESTING=1 adds it")
     await prepare()
     await emulators()
     lanes = load()
@@ -485,7 +485,8 @@ def choose(lanes, args):
     if not found:
         raise Failure(f"there is no test {name}, but: {' '.join(names)}")
     lane = lanes[args.on or (found[0].lanes + found[0].also)[0]]
-    if not found[0].program.startswith("./") and found[0].program not in programs(lanes, lane.kernel):
+    if (not found[0].program.startswith("./") and found[0].program not in programs(lanes, lane.kernel)) or \
+       (found[0].program.startswith("td/") and not lane.launches):
         raise Failure(f"{name} is not built with the kernel {lane.kernel}, but is in the lanes: "
                       + " ".join(other.name for other in lanes.values() if name in (t.name for t in other.tests)))
     if lane.kunit:
@@ -507,6 +508,9 @@ async def test(args):
     await emulators()
     await build(lanes, lane.kernel, *(["patched"] if lane.icount else []), *(["guest"] if lane.launches else []))
     os.environ["FORCE"] = "1"
+    # What is there then is of this run.
+    for old in glob.glob(os.path.join(BUILD, "test", lane.name)) + glob.glob(os.path.join(BUILD, "test", lane.name + "-[0-9]*")):
+        lanes_.remove(old)
     bad = 0
     for i in range(args.runs):
         folder = os.path.join(BUILD, "test", lane.name) + (f"-{i + 1}" if args.runs > 1 else "")
@@ -534,7 +538,8 @@ async def shell(args):
                       + " ".join(other.name for other in lanes.values() if other.machine == "qemu"))
     await prepare()
     await emulators()
-    await build(lanes, lane.kernel)
+    # Programs of guest/ take the headers of the series.
+    await build(lanes, lane.kernel, *(["patched"] if lane.icount else []))
     say(f"kernel with symbols: {objects(lane.kernel)}/vmlinux; QEMU_ARGS='-s -S' waits for gdb")
     await lanes_.interactive(lane)
     return 0

@@ -3,6 +3,7 @@
 Lanes: which tests run where (lanes.toml), running them, and what came of it. What passed
 is kept in the cache by content: kernel, programs, emulator, parameters; failures never are.
 """
+import asyncio
 import glob
 import hashlib
 import os
@@ -123,7 +124,7 @@ class Run:
     # -- running
 
     def prepare(self):
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder)
         os.makedirs(self.folder)
         obj = objects(self.lane.kernel)
         self.kernel = os.path.join(obj, "arch/x86/boot/bzImage")
@@ -225,7 +226,7 @@ class Run:
             self.results.append(result)
             parsed = cases.get(test.name)
             for case in parsed.subtests if parsed else []:
-                result.cases.append((case.name, status(case), skip_reason(report, case.name)))
+                result.cases.append((case.name, status(case), skip_reason(report, test.name, case.name)))
             if text.startswith("SKIP"):
                 result.cases.append((test.name, "skip", "all of it"))
             for name, state, why in result.cases:
@@ -318,12 +319,25 @@ def status(case):
     return {"SUCCESS": "ok", "SKIPPED": "skip"}.get(case.status.name, "FAIL")
 
 
-def skip_reason(report, name):
+def skip_reason(report, test, name):
+    """Two tests may have cases of the same name."""
+    current = None
     for line in report:
+        if line.startswith("# begin "):
+            current = line.split()[2]
         match = re.match(r"\s*ok \d+ (?:- )?" + re.escape(name) + r" # SKIP ?(.*)", line)
-        if match:
+        if match and current == test:
             return match[1]
     return ""
+
+
+def remove(folder):
+    """What a run left there, other than evidence of what is rare."""
+    if os.path.exists(os.path.join(folder, "vmcore")):
+        kept = os.path.join(BUILD, "died", time.strftime("%m%d-%H%M%S-") + os.path.basename(folder))
+        os.makedirs(os.path.dirname(kept), exist_ok=True)
+        os.rename(folder, kept)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # -- all lanes together
@@ -371,7 +385,10 @@ async def interactive(lane):
     run.prepare()
     machine = machines.MACHINES[lane.machine](lane, run.folder, run.kernel, run.initramfs, interactive=True)
     say('"exit" leaves it; Ctrl-a x ends QEMU at once')
-    try:
-        subprocess.run(machine.argv, check=False)
-    finally:
-        machine.close()
+    # On this terminal, so not in a group of its own.
+    with subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "--", *machine.argv]) as process:
+        try:
+            await asyncio.to_thread(process.wait)
+        finally:
+            process.kill()
+            machine.close()

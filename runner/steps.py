@@ -24,6 +24,7 @@ TICK = 60          # say what is still running that often
 PATIENCE = 5       # between SIGTERM and SIGKILL
 
 running = {}       # text of a step: when it began
+locks = []         # descriptors that whoever uses the cache keeps open
 
 
 class Failure(Exception):
@@ -39,12 +40,15 @@ def short(path):
 
 
 class Process:
-    """A command in a group of its own, that dies when we do, however that happens."""
+    """
+    A command in a group of its own, that dies when we do, however that happens. Its children
+    may go on if we are killed, and keep the lock of the cache until they end.
+    """
 
     def __init__(self, argv, output, env=None, cwd=None):
         self.process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "--", *argv], stdin=subprocess.DEVNULL,
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=locks,
             env={**os.environ, **(env or {})}, cwd=cwd)
         self.cpu = 0
         self.status = None
@@ -108,7 +112,7 @@ async def ticker():
 
 @contextlib.contextmanager
 def lock_cache():
-    """One user of the cache at a time. Children do not inherit the lock."""
+    """One user of the cache at a time."""
     os.makedirs(CACHE, exist_ok=True)
     with open(os.path.join(CACHE, "lock"), "a+") as f:
         try:
@@ -119,7 +123,9 @@ def lock_cache():
             fcntl.flock(f, fcntl.LOCK_EX)
         f.truncate(0)
         print(f"process {os.getpid()}, since {time.strftime('%H:%M:%S')}", file=f, flush=True)
+        locks.append(f.fileno())
         yield
+        locks.clear()
         f.truncate(0)
 
 

@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -139,6 +140,14 @@ class Lanes(Project):
         self.assertFalse(self.boot(self.says(HEAD + FIRST.replace("Not for this cause", "No /dev/kvm") + SECOND + DONE)))
         self.assertIn("No /dev/kvm", self.failures)
 
+    def test_a_case_of_that_name_in_another_test(self):
+        lanes = self.top / "lanes.toml"
+        lanes.write_text(LANES + 'skips = "Not for this cause"\n')
+        second = SECOND.replace("test\nok", "test\n  TAP version 13\n  # Subtest: second_test\n  1..1\n"
+                                "  ok 1 b # SKIP No /dev/kvm\nok")
+        self.assertFalse(self.boot(self.says(HEAD + FIRST + second + DONE)))
+        self.assertIn("No /dev/kvm", self.failures)
+
     def test_a_whole_program_skips(self):
         report = HEAD + FIRST + "# begin second_test\nok 2 second_test # SKIP\n" + DONE
         self.assertFalse(self.boot(self.says(report)))
@@ -216,8 +225,11 @@ class Lanes(Project):
         self.assertIn("the machine was reset", self.failures)
         self.assertIn("info lapic 0", (self.top / "build/qemu/stub/registers").read_text())
         self.assertEqual(set(glob.glob("/tmp/stuck-*")) - before, set())
+        # Which the next run does not take away.
+        (self.top / "build/qemu/stub/vmcore").write_text("memory")
         # One that ended is no corpse.
         self.assertTrue(self.boot(self.says(HEAD + FIRST + SECOND + DONE, then=play)), self.failures)
+        self.assertEqual(len(list((self.top / "build/died").glob("*-stub/vmcore"))), 1)
 
     def test_one_program_twice(self):
         lanes = self.top / "lanes.toml"
@@ -256,6 +268,9 @@ class Lanes(Project):
                                 ("", "say which test")):
             self.assertIn(said, self.sh(f". ./lib.sh; cd runner; exec python3 -B . test {arguments}").stderr)
         lanes = self.top / "lanes.toml"
+        lanes.write_text(LANES + LANES.replace("lane.stub", "lane.td").replace('lanes = ["stub"]', 'lanes = ["td"]')
+                         .replace("kvm/first_test", "td/td_test").replace('column = "patched"', 'launches = "stub"'))
+        self.assertIn("in the lanes: td", self.sh(". ./lib.sh; cd runner; exec python3 -B . test --test td_test --on stub").stderr)
         lanes.write_text(LANES.replace('column = "patched"', "kunit = true"))
         self.assertIn("is for KUnit", self.sh(". ./lib.sh; cd runner; exec python3 -B . test --test first_test").stderr)
 
@@ -286,7 +301,24 @@ class Lanes(Project):
                 # The pipe ends: nobody holds it any more.
                 p.communicate(timeout=20)
             wait_for(lambda: not alive(self.top / "pid"))
-            self.ok("flock -n cache/stuck-pages/lock true".replace("cache", str(self.dir / "cache").replace(" ", "\\ ")))
+            # A child of a machine may take a moment.
+            self.ok(f"flock -w 5 '{self.dir}/cache/stuck-pages/lock' true")
+
+    def test_what_goes_on_keeps_the_lock(self):
+        (self.top / "driver.py").write_text(textwrap.dedent("""
+            import sys
+            sys.path.insert(0, "runner")
+            import steps
+            sys.exit(steps.main(steps.step("x", "x", ["bash", "-c", "sleep 100 & echo $! > pid; wait"])))
+        """))
+        with subprocess.Popen(["bash", "-c", ". ./lib.sh; exec python3 -B driver.py"], cwd=self.top, env=self.env,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as p:
+            wait_for(lambda: (self.top / "pid").exists() and (self.top / "pid").read_text())
+            p.kill()
+        lock = f"'{self.dir}/cache/stuck-pages/lock'"
+        self.assertNotEqual(self.sh(f"flock -w 1 {lock} true").returncode, 0)
+        os.kill(int((self.top / "pid").read_text()), signal.SIGKILL)
+        self.ok(f"flock -w 5 {lock} true")
 
     def test_a_step_that_ends_leaves_no_child(self):
         (self.top / "driver.py").write_text(textwrap.dedent("""
@@ -415,9 +447,49 @@ class Source(Project):
         self.ok("source/export", KERNEL=str(self.kernel))
         shutil.rmtree(self.top / "patches")
         (self.top / "before").rename(self.top / "patches")
-        self.assertIn("refs/previous", self.tree().stderr)
+        previous = re.search(r"refs/previous/\S+", self.tree().stderr)[0]
         self.assertNotIn("six", (self.top / "build/linux/virt/kvm/guest_memfd.c").read_text())
-        self.assertIn("six", self.ok("cd build/linux; git show refs/previous:virt/kvm/guest_memfd.c"))
+        self.assertIn("six", self.ok(f"cd build/linux; git show {previous}:virt/kvm/guest_memfd.c"))
+        # When it happens again, too.
+        next((self.top / "patches/two").glob("0001-*")).unlink()
+        self.ok("sed -i /two.0001/d patches/series")
+        self.assertEqual(self.tree().returncode, 0)
+        self.assertIn("six", self.ok(f"cd build/linux; git show {previous}:virt/kvm/guest_memfd.c"))
+
+    def test_clean_takes_no_work_away(self):
+        linux, old = self.top / "build/linux", self.top / "build/linux.old"
+        # A tree that was moved away, as make tree advises, is as good as any.
+        for change in ("git commit -q --allow-empty -m x", "echo six >> virt/kvm/guest_memfd.c",
+                       "git checkout -q -b mine; git commit -q --allow-empty -m x; git checkout -q series",
+                       "git checkout -q --detach; git commit -q --allow-empty -m x; git tag mine; git checkout -q series",
+                       "rm -rf .git; echo gitdir: elsewhere > .git", "cp .git/laid-out .git/stopped; cd ..; mv linux.old linux.part"):
+            self.ok(f"cp -r build/linux build/linux.old; cd build/linux.old; git config user.name me; git config user.email me@x; {change}")
+            self.assertIn("error: build/linux.", self.sh("source/clean").stderr, change)
+            self.assertTrue(linux.exists())
+            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.top / "build/linux.part")
+        lock = self.dir / "cache/stuck-pages/lock"
+        with open(lock, "w") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            print("process 4711, since noon", file=f, flush=True)
+            self.assertIn("process 4711", self.sh("source/clean cache").stderr)
+        self.ok("source/clean cache")
+        self.assertFalse((self.top / "build").exists() or lock.parent.exists())
+        self.ok("source/clean cache")
+        self.assertFalse((self.top / "build").exists())
+
+    def test_the_users_quilt_and_another_kernel(self):
+        shutil.copytree(TOP / "checks", self.top / "checks")
+        (self.dir / ".quiltrc").write_text("QUILT_PATCHES=debian/patches\n")
+        self.ok("checks/round-trip", KERNEL=str(self.kernel))
+        # Another release, where what the series touches is elsewhere.
+        source = self.kernel / "virt/kvm/guest_memfd.c"
+        source.write_text("zero\n" + source.read_text())
+        self.assertEqual(self.tree().returncode, 0)
+        self.ok("checks/round-trip", KERNEL=str(self.kernel))
+        self.ok("cd build/linux; git config user.name me; git config user.email me@x; echo six >> virt/kvm/guest_memfd.c; "
+                "git commit -qa --amend --no-edit")
+        self.assertIn("not what build/linux has", self.sh("checks/round-trip", KERNEL=str(self.kernel)).stderr)
 
     def test_export_refuses_in_the_middle_of_a_rebase(self):
         self.sh("cd build/linux; git rebase -q -x false HEAD~1")
@@ -433,9 +505,9 @@ class Source(Project):
         changed = "# changed\n" + (self.top / "patches/series").read_text()
         self.ok("cd build/linux; git checkout -qb mine; git commit -q --allow-empty -m x; git checkout -q series")
         (self.top / "patches/series").write_text(changed)
-        self.assertIn("branches or stashes", self.tree().stderr)
+        self.assertIn("branches, tags or stashes", self.tree().stderr)
         self.ok("cd build/linux; git branch -D mine; echo six >> virt/kvm/guest_memfd.c; git stash")
-        self.assertIn("branches or stashes", self.tree().stderr)
+        self.assertIn("branches, tags or stashes", self.tree().stderr)
         self.ok("cd build/linux; git stash drop")
         self.sh("cd build/linux; git rebase -q -x false HEAD~1")
         self.assertIn("in the middle", self.tree().stderr)

@@ -6,7 +6,7 @@ import re
 from steps import Failure, short
 
 ROWS = (("SEAMCALLs that failed", "injected"),
-        ("pages that were not given back, or not cleanly", "stuck"),
+        ("pages whose removal failed", "stuck"),
         ("pages marked as poisoned", "marked"),
         ("times such a page was freed", "freed"),
         ("times a page that a TD owns was allocated", "handed-out"),
