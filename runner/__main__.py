@@ -442,7 +442,7 @@ async def boot_deb(args):
     image = next(path for path in await packages() if "/linux-image-" in path)
     tests = lanes["patched-inplace"].tests
     lane = Lane("deb", "patched", "qemu", "", ["root=/dev/vda", "rw", "kvm.gmem_in_place_conversion=1"])
-    shutil.rmtree(lane.folder, ignore_errors=True)
+    lanes_.remove(lane.folder)
     os.makedirs(lane.folder)
     with open(os.path.join(lane.folder, "tests"), "w") as f:
         f.writelines(f"{t.name} {5 * t.seconds} {t.command}\n" for t in tests)
