@@ -145,7 +145,8 @@ def main(coroutine):
     try:
         with lock_cache():
             return asyncio.run(supervised())
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        coroutine.close()
         say("interrupted")
         return 130
     except Failure as e:

@@ -286,7 +286,8 @@ class Lanes(Project):
             with subprocess.Popen(["bash", "-c", ". ./lib.sh; cd runner; exec python3 -B . tree"], cwd=self.top, env=self.env,
                                   text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as p:
                 self.assertIn("process 4711", p.stdout.readline())
-                p.kill()
+                p.send_signal(signal.SIGINT)
+                self.assertEqual(p.communicate(timeout=20)[0], "interrupted\n")
 
     def test_nothing_is_left_after_a_signal(self):
         self.boot(self.says(HEAD + FIRST + SECOND + DONE))
@@ -526,6 +527,18 @@ class Source(Project):
         (other / "virt/kvm/guest_memfd.c").write_text("minus\nzero\n" + text)
         self.assertEqual(self.tree().returncode, 0)
         self.assertIn("minus", (self.top / "build/linux/virt/kvm/guest_memfd.c").read_text())
+
+    def test_old_states_of_a_kernel_go(self):
+        other = self.dir / "other"
+        self.make_kernel(other)
+        cache = self.dir / "cache/stuck-pages"
+        (first,) = cache.glob("own-*")
+        states = []
+        for number in range(4):
+            (other / "Makefile").write_text((other / "Makefile").read_text() + "\n")
+            self.ok("source/fetch", KERNEL=str(other))
+            states += {*cache.glob("own-*")} - {first, *states}
+            self.assertEqual({*cache.glob("own-*")}, {first, *states[-2:]})
 
     def test_a_git_tree_is_taken_with_what_is_not_committed(self):
         self.ok(f"cd '{self.kernel}'; git init -q .; git add -A; git -c user.name=x -c user.email=x commit -qm x; "
