@@ -37,6 +37,8 @@ async def prepare():
     """The source, and build/linux. What cannot work is said before anything takes long."""
     for name in machines.MACHINES:
         machines.emulator(name.upper(), name)
+    for name in machines.LIMITS:
+        machines.limit(name)
     await step("fetch", "the source of the base", [script("source/fetch")])
     await step("tree", "the work tree build/linux, from patches/", [script("source/tree")])
     notice()

@@ -276,6 +276,8 @@ class Lanes(Project):
 
     def test_an_emulator_that_is_not_there(self):
         self.assertIn("BOCHS=/none is not a program", self.sh(". ./lib.sh; cd runner; exec python3 -B . tree", BOCHS="/none").stderr)
+        self.assertIn("error: BOOT_SECONDS=1m is no number of seconds",
+                      self.sh(". ./lib.sh; cd runner; exec python3 -B . tree", BOOT_SECONDS="1m").stderr)
 
     def test_one_at_a_time(self):
         self.ok(". ./lib.sh; true")
