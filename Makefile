@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0
 # make run     build and boot the patched kernel, show that stuck pages are contained
-# make check   all tests; DEBUG=1 those on the debug kernel, too
+# make check   the tests; DEBUG=1: on the debug kernel, too
 # make td      Linux in TDs by QEMU, on an emulated machine without TDX; SEAMCALLs fail
 #              OVMF=1: one TD by Debian's OVMF instead; OVMF=<file>: by that one
 # make deb     Debian packages of a kernel for hosts; CONFIG=/boot/config-... for one like it,
 #              TESTING=1 with fault injection and the TDX module in software
-# make boot-deb  the same, and a Debian that boots it: the selftests, a page that is lost
+# make boot-deb  (as root) the same, and a Debian that boots it: the selftests, a page that is lost
 # make bench   what the series costs when nothing is wrong, in instructions
 # make list    kernels, lanes and tests
 # make test T=<test> [ON=<lane>] [RUNS=<n>]
@@ -17,8 +17,9 @@
 # make series  write patches/ from the commits in build/linux; DROP=1 if something is to go
 # make clean   remove build/ (FORCE=1: and what make series has not written); make distclean: the cache, too
 #
-# KERNEL=PATH      a kernel tree or tarball of your own instead of Debian's v7.3.4
-# ALL=1            with check: tests in all combinations, not only the telling ones
+# KERNEL=PATH      a kernel tree or tarball of your own, without the series, instead of Debian's v7.3.4
+# ALL=1            with check: tests in all combinations, not only the telling ones (with DEBUG=1: those
+#                  on the debug kernel, too)
 # FORCE=1          run tests again that passed before (not builds, single patches, checkpatch)
 # NO_INSTALL=1     do not install Debian packages
 # JOBS=N           how many compilers at once

@@ -552,7 +552,7 @@ def list_():
     say("kernels (kernel/build)")
     for name, text in KERNELS.items():
         say(f"  {name:18} {text}")
-    say("\nlanes, and the tests in them (lanes.toml; those with * only with ALL=1)")
+    say("\nlanes, and the tests in them (lanes.toml; those with * only with ALL=1, debug with DEBUG=1)")
     for lane in lanes.values():
         say(f"  {lane.name:18} {lane.text}: {lane.kernel} on {lane.machine}, {' '.join(lane.parameters)}")
         every = {t.name: lane.name in t.also for other in lanes.values() for t in other.tests

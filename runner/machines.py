@@ -78,7 +78,9 @@ class Qemu:
         append = " ".join(["console=ttyS0,115200 panic=-1 no_timer_check tsc=nowatchdog", *lane.parameters])
         # With icount its clock counts instructions, and does not wait when there are none.
         accel = ["tcg", "-icount", "shift=0,sleep=off"] if lane.icount else ["tcg,thread=multi"]
-        argv += ["-accel", *accel, "-cpu", "EPYC,+svm,+npt,+nrip-save", "-smp", str(lane.cpus or 2),
+        # Two for the tests, which guest/init keeps off the first.
+        self.cpus = lane.cpus or 3
+        argv += ["-accel", *accel, "-cpu", "EPYC,+svm,+npt,+nrip-save", "-smp", str(self.cpus),
                  "-m", "3G", "-nodefaults", "-no-user-config", "-display", "none",
                  "-kernel", kernel, "-initrd", initramfs]
         if interactive:
@@ -113,10 +115,10 @@ class Qemu:
     async def autopsy(self):
         """Registers, interrupt controllers and memory of a machine that died or hangs."""
         with open(os.path.join(self.folder, "registers"), "w") as f:
-            f.write(await self.ask("info registers -a", "info lapic 0", "info lapic 1"))
+            f.write(await self.ask("info registers -a", *(f"info lapic {n}" for n in range(self.cpus))))
         vmcore = os.path.join(self.folder, "vmcore")
         await self.ask(f'dump-guest-memory -z "{vmcore}"', seconds=120)
-        # Both processors say where they are, if they still can.
+        # The processors say where they are, if they still can.
         await self.ask("nmi")
         await asyncio.sleep(3)
 
